@@ -1,0 +1,33 @@
+# Everything runs in a virtual environment made here from pinned versions: a fresh machine needs Python >= 3.10 and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+# A CPU build of torch is enough for the demo, the tests and the CPU benchmarks.
+TORCH_INDEX ?=
+INSTALLED = $(VENV)/.installed
+
+.PHONY: demo test quality style clean
+
+$(INSTALLED): pyproject.toml constraints/pinned.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet $(TORCH_INDEX) --constraint constraints/pinned.txt torch
+	$(BIN)/pip install --quiet --constraint constraints/pinned.txt --editable ".[dev]"
+	touch $@
+
+demo: $(INSTALLED)  ## Fine-tune the shipped backbone on handwritten digits with S2A, LoRA, a linear probe and in full.
+	HF_HUB_OFFLINE=1 $(BIN)/python examples/demo.py
+
+test: $(INSTALLED)  ## Run all tests, offline.
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests
+
+quality: $(INSTALLED)  ## Check format and lint.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+style: $(INSTALLED)  ## Apply format and lint fixes.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV)
