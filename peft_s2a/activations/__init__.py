@@ -1,0 +1,1 @@
+"""Quantised activations: operators that keep b-bit codes for backward, and the wrapping of models in them."""
