@@ -1,0 +1,124 @@
+"""Every op in plain PyTorch: any device, the ground truth of the other backends. Written to be read, not to be fast."""
+
+import torch
+from torch import Tensor
+
+from .. import codec
+from . import attention
+
+
+def encode_steps(x: Tensor, thresholds: list[float], codes: list[int], bits: int) -> Tensor:
+    edges = torch.tensor(thresholds, dtype=codec.math_dtype(x.dtype), device=x.device)
+    interval = torch.bucketize(x.to(edges.dtype), edges, out_int32=True)
+    chosen = torch.tensor(codes, dtype=torch.uint8, device=x.device)[interval]
+    return codec.pack(chosen.view(1, -1), bits).view(-1)
+
+
+def encode_levels(values: Tensor, levels: list[float], bits: int, seed: int) -> Tensor:
+    table = torch.tensor(levels, dtype=codec.math_dtype(values.dtype), device=values.device)
+    values = values.to(table.dtype)
+    below = torch.bucketize(values, table[1:-1].contiguous(), out_int32=True)
+    low, high = table[below], table[below + 1]
+    fraction = (values - low) / torch.where(high > low, high - low, 1)
+    codes = below + (codec.uniform(seed, values.numel(), values.device) < fraction)
+    return codec.pack(codes.to(torch.uint8).view(1, -1), bits).view(-1)
+
+
+def scale_by_levels(grad: Tensor, packed: Tensor, levels: list[float], bits: int) -> Tensor:
+    table = torch.tensor(levels, dtype=codec.math_dtype(grad.dtype), device=grad.device)
+    codes = codec.unpack(packed.view(1, -1), bits, grad.numel()).view(-1)
+    return (grad * table[codes.to(torch.int32)]).to(grad.dtype)
+
+
+def encode_groups(x: Tensor, bits: int, group_size: int, seed: int | None) -> tuple[Tensor, Tensor]:
+    return codec.encode_groups(x, bits, group_size, seed)
+
+
+def decode_groups(
+    packed: Tensor, scales: Tensor, bits: int, group_size: int, count: int, dtype: torch.dtype
+) -> Tensor:
+    return codec.decode_groups(packed, scales, bits, group_size, count, dtype)
+
+
+def encode_norm(
+    x: Tensor, eps: float, center: bool, bits: int, group_size: int, seed: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    x = x.to(codec.math_dtype(x.dtype))
+    if center:
+        x = x - x.mean(1, keepdim=True)
+    rstd = (x.square().mean(1) + eps).rsqrt()
+    packed, scales = codec.encode_groups(x * rstd[:, None], bits, group_size, seed)
+    return packed, scales, rstd
+
+
+def norm_backward(
+    grad: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    center: bool,
+    bits: int,
+    group_size: int,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = codec.math_dtype(grad.dtype)
+    x_hat = codec.decode_groups(packed, scales, bits, group_size, grad.shape[1], dtype)
+    dy = grad.to(dtype)
+    empty = grad.new_empty(0)
+    d_input = d_weight = d_bias = empty
+    if wanted[0]:
+        g = dy if weight is None else dy * weight.to(dtype)
+        d_x = g - x_hat * (g * x_hat).mean(1, keepdim=True)
+        if center:
+            d_x -= g.mean(1, keepdim=True)
+        d_input = d_x.mul_(rstd[:, None].to(dtype)).to(grad.dtype)
+    if wanted[1]:
+        d_weight = (dy * x_hat).sum(0)
+    if wanted[2]:
+        d_bias = dy.sum(0)
+    return d_input, d_weight, d_bias
+
+
+def encode_heads(
+    x: Tensor, bits: int, group_size: int, center: bool, keep_mean: bool, seed: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    samples, heads, tokens, dim = x.shape
+    x = x.to(codec.math_dtype(x.dtype))
+    mean = x.new_empty(0, dtype=torch.bfloat16)
+    if center and tokens:
+        mean = x.mean(2, keepdim=True).to(torch.bfloat16)
+        x = x - mean
+        mean = mean if keep_mean else mean.new_empty(0)
+    packed, scales = codec.encode_groups(x.reshape(-1, dim), bits, group_size, seed)
+    shape = (samples, heads, tokens, -1)
+    return packed.view(*shape[:3], packed.shape[1]), scales.view(*shape[:3], *scales.shape[1:]), mean
+
+
+def attention_backward(
+    grad: Tensor,
+    query: list[Tensor],
+    key: list[Tensor],
+    value: list[Tensor],
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    bits: int,
+    group_size: int,
+    dim: int,
+    mask_wanted: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    coded = (query, key, value)
+    dims = (dim, dim, grad.shape[3])
+
+    def decode(which: int, samples: slice, heads: slice) -> Tensor:
+        packed, scales = (part[samples, heads] for part in coded[which][:2])
+        mean = coded[which][2]
+        flat = codec.decode_groups(
+            packed.flatten(0, 2), scales.flatten(0, 2), bits, group_size, dims[which], codec.math_dtype(grad.dtype)
+        )
+        x = flat.view(*packed.shape[:3], dims[which])
+        return (x + mean[samples, heads] if mean.numel() else x).to(grad.dtype)
+
+    shapes = tuple((*parts[0].shape[:3], d) for parts, d in zip(coded, dims))
+    return attention.attention_backward(grad, decode, shapes, mask, is_causal, scale, mask_wanted)

@@ -1,0 +1,123 @@
+"""How values become b-bit codes and codes become bytes: plain PyTorch, any device, the ground truth of every backend.
+
+Layout. A tensor is coded as rows ``[R, C]``. With ``k = 8 // bits`` codes a byte, a row takes ``W = ceil(C / k)`` bytes, and
+byte ``j`` holds the codes of elements ``j, j + W, j + 2W, ...`` from its lowest bits upwards: whole vectors of neighbours are
+packed by one shift and one or, which interleaved neighbours would not allow. Three bits are two low bits a code, packed
+four a byte, followed by the high bits, packed eight a byte: eight codes in three bytes.
+
+Groups. `encode_groups` codes runs of ``group_size`` values of a row between their minimum and maximum, with the offset and
+the step of each group kept in bfloat16 (as the min-max group quantisation of ActNN, Chen et al. 2021, section 4.1).
+"""
+
+import torch
+from torch import Tensor
+
+
+WIDTHS = (1, 2, 3, 4, 8)
+
+
+def packed_width(count: int, bits: int) -> int:
+    """Bytes that one row of ``count`` codes of ``bits`` bits takes."""
+    if bits == 3:
+        return packed_width(count, 2) + packed_width(count, 1)
+    per_byte = 8 // bits
+    return -(-count // per_byte)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Pack codes (uint8 ``[R, C]``, values below ``2 ** bits``) into uint8 ``[R, packed_width(C, bits)]``."""
+    if bits == 8:
+        return codes.clone()
+    if bits == 3:
+        return torch.cat([pack(codes & 3, 2), pack(codes >> 2, 1)], dim=1)
+    rows, count = codes.shape
+    width = packed_width(count, bits)
+    packed = codes.new_zeros(rows, width)
+    for start in range(0, count, width):
+        part = codes[:, start : start + width]
+        packed[:, : part.shape[1]] |= part << (start // width * bits)
+    return packed
+
+
+def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
+    """The codes (uint8 ``[R, count]``) that `pack` packed."""
+    if bits == 8:
+        return packed
+    if bits == 3:
+        low = packed_width(count, 2)
+        return unpack(packed[:, :low], 2, count) | unpack(packed[:, low:], 1, count) << 2
+    rows, width = packed.shape
+    codes = packed.new_empty(rows, count)
+    for start in range(0, count, width or 1):
+        part = codes[:, start : start + width]
+        torch.bitwise_and(packed[:, : part.shape[1]] >> (start // width * bits), 2**bits - 1, out=part)
+    return codes
+
+
+def math_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which values of ``dtype`` are quantised: float64 stays, everything else is float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def uniform(seed: int, count: int, device: torch.device) -> Tensor:
+    """``count`` float32 numbers in [0, 1), a function of ``seed`` and the position alone, equal on every backend.
+
+    The position plus a word of the seed goes through the 32-bit integer hash `lowbias32` (Wellons, "Prospecting for hash
+    functions", 2018), is xored with the other word and hashed again; the top 24 bits are used.
+    """
+    position = torch.arange(count, dtype=torch.int32, device=device)
+    low, high = (_as_int32(seed & 0xFFFFFFFF), _as_int32(seed >> 32 & 0xFFFFFFFF))
+    mixed = _hash32(_hash32(position.add_(low)).bitwise_xor_(high))
+    return (mixed >> 8 & 0xFFFFFF).to(torch.float32).mul_(2.0**-24)
+
+
+def _hash32(x: Tensor) -> Tensor:
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, None)):
+        x = x ^ (x >> shift & (1 << 32 - shift) - 1)
+        if factor is not None:
+            x = x * _as_int32(factor)
+    return x
+
+
+def _as_int32(word: int) -> int:
+    return word - (1 << 32) if word >= 1 << 31 else word
+
+
+def round_codes(values: Tensor, bits: int, seed: int | None) -> Tensor:
+    """Round ``values`` (``[R, C]``, in code units) to codes of ``bits`` bits: to nearest, or up with the probability of the
+    fraction when a ``seed`` is given."""
+    if seed is None:
+        values = values + 0.5
+    else:
+        values = values + uniform(seed, values.numel(), values.device).view(values.shape)
+    return values.floor_().clamp_(0, 2**bits - 1).to(torch.uint8)
+
+
+def encode_groups(x: Tensor, bits: int, group_size: int, seed: int | None = None) -> tuple[Tensor, Tensor]:
+    """Code ``x`` (``[R, C]``) in groups of ``group_size`` along its rows; the last group of a row may be shorter.
+
+    Returns the packed codes and the groups' (offset, step), bfloat16 ``[R, ceil(C / group_size), 2]``. A value comes back
+    within half a step (nearest rounding) or one step (stochastic) plus the rounding of the offset to bfloat16.
+    """
+    rows, count = x.shape
+    x = x.to(math_dtype(x.dtype))
+    groups = -(-count // group_size)
+    padding = groups * group_size - count
+    if padding:
+        x = torch.cat([x, x[:, -1:].expand(rows, padding)], dim=1)
+    grouped = x.reshape(rows, groups, group_size)
+    low, high = grouped.amin(-1), grouped.amax(-1)
+    scales = torch.stack([low, (high - low) / (2**bits - 1)], dim=-1).to(torch.bfloat16)
+    offset, step = scales.to(x.dtype).unsqueeze(2).unbind(-1)
+    units = (grouped - offset) / torch.where(step == 0, 1, step)
+    codes = round_codes(units.reshape(rows, -1)[:, :count], bits, seed)
+    return pack(codes, bits), scales
+
+
+def decode_groups(
+    packed: Tensor, scales: Tensor, bits: int, group_size: int, count: int, dtype: torch.dtype
+) -> Tensor:
+    """The values (``[R, count]``, ``dtype``) that `encode_groups` coded."""
+    codes = unpack(packed, bits, count).to(math_dtype(dtype))
+    offset, step = (part.to(codes.dtype).repeat_interleave(group_size, dim=1)[:, :count] for part in scales.unbind(-1))
+    return codes.mul_(step).add_(offset).to(dtype)

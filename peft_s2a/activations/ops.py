@@ -1,0 +1,125 @@
+"""The ops of this package, declared once: schema, shapes for fake tensors, dispatch to a backend.
+
+They know tensors and codes, not modules and not autograd; `functional` builds differentiable functions on them. All are
+pure. ``R`` and ``C`` are rows and row length, ``W`` is ``codec.packed_width(C, bits)``; ``seed`` is a 0-dim int64 CPU tensor,
+drawn for stochastic rounding, or None for rounding to nearest.
+"""
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .codec import math_dtype, packed_width
+
+
+def _op(schema: str):
+    """Declare ``s2a::schema`` with the decorated function as its implementation for every device. The implementation is
+    given all arguments but ``backend`` (the last), resolves the backend by it, and passes them on."""
+
+    def declare(fake):
+        name = fake.__name__
+        torch.library.define(f"s2a::{name}", schema)
+        torch.library.register_fake(f"s2a::{name}", fake)
+
+        @torch.library.impl(f"s2a::{name}", "CompositeExplicitAutograd")
+        def run(*args):
+            *args, backend = (a.item() if isinstance(a, Tensor) and a.dtype == torch.int64 else a for a in args)
+            return getattr(backends.select(backend, args[0].device, name), name)(*args)
+
+        return getattr(torch.ops.s2a, name)
+
+    return declare
+
+
+def _groups_like(x: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
+    rows, count = x.shape
+    packed = x.new_empty(rows, packed_width(count, bits), dtype=torch.uint8)
+    return packed, x.new_empty(rows, -(-count // group_size), 2, dtype=torch.bfloat16)
+
+
+@_op("(Tensor x, float[] thresholds, int[] codes, int bits, str backend) -> Tensor")
+def encode_steps(x, thresholds, codes, bits, backend):
+    """Code every value of ``x`` (1-D, floating) as ``codes[number of thresholds below it]``: uint8 ``[W]``, one row."""
+    return x.new_empty(packed_width(x.shape[0], bits), dtype=torch.uint8)
+
+
+@_op("(Tensor values, float[] levels, int bits, Tensor seed, str backend) -> Tensor")
+def encode_levels(values, levels, bits, seed, backend):
+    """Round every value (1-D, floating) stochastically to one of the two ascending levels around it: uint8 ``[W]``."""
+    return values.new_empty(packed_width(values.shape[0], bits), dtype=torch.uint8)
+
+
+@_op("(Tensor grad, Tensor packed, float[] levels, int bits, str backend) -> Tensor")
+def scale_by_levels(grad, packed, levels, bits, backend):
+    """``grad * levels[code]`` (1-D, dtype of ``grad``)."""
+    return torch.empty_like(grad)
+
+
+@_op("(Tensor x, int bits, int group_size, Tensor? seed, str backend) -> (Tensor, Tensor)")
+def encode_groups(x, bits, group_size, seed, backend):
+    """Code ``x`` (``[R, C]``) in groups, see `codec.encode_groups`: uint8 ``[R, W]`` and bfloat16 ``[R, groups, 2]``."""
+    return _groups_like(x, bits, group_size)
+
+
+@_op("(Tensor packed, Tensor scales, int bits, int group_size, SymInt count, ScalarType dtype, str backend) -> Tensor")
+def decode_groups(packed, scales, bits, group_size, count, dtype, backend):
+    """The values (``[R, count]``, ``dtype``) behind `encode_groups`' codes."""
+    return packed.new_empty(packed.shape[0], count, dtype=dtype)
+
+
+@_op(
+    "(Tensor x, float eps, bool center, int bits, int group_size, Tensor? seed, str backend)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+def encode_norm(x, eps, center, bits, group_size, seed, backend):
+    """Code the normalised rows of ``x`` (``[R, C]``): ``(x - mean) * rstd`` with ``center`` (LayerNorm), ``x * rstd``
+    without (RMSNorm). Returns codes and scales as `encode_groups`, and ``rstd`` (``[R]``, float32 or float64)."""
+    packed, scales = _groups_like(x, bits, group_size)
+    return packed, scales, x.new_empty(x.shape[0], dtype=math_dtype(x.dtype))
+
+
+@_op(
+    "(Tensor grad, Tensor packed, Tensor scales, Tensor rstd, Tensor? weight, bool center, int bits, int group_size,"
+    " bool[] wanted, str backend) -> (Tensor, Tensor, Tensor)"
+)
+def norm_backward(grad, packed, scales, rstd, weight, center, bits, group_size, wanted, backend):
+    """Gradients of a row normalisation from `encode_norm`'s codes and ``grad`` (``[R, C]``) for the input (dtype of
+    ``grad``), the weight and the bias (``[C]``, float32 or float64); those not ``wanted`` are empty."""
+    dtype = math_dtype(grad.dtype)
+    columns = grad.shape[1]
+    return (
+        torch.empty_like(grad) if wanted[0] else grad.new_empty(0),
+        grad.new_empty(columns if wanted[1] else 0, dtype=dtype),
+        grad.new_empty(columns if wanted[2] else 0, dtype=dtype),
+    )
+
+
+@_op(
+    "(Tensor x, int bits, int group_size, bool center, bool keep_mean, Tensor? seed, str backend)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+def encode_heads(x, bits, group_size, center, keep_mean, seed, backend):
+    """Code the last dimension of ``x`` (``[B, H, N, D]``, any strides) in groups, minus its mean over N with ``center``.
+
+    Returns uint8 ``[B, H, N, W]``, bfloat16 ``[B, H, N, groups, 2]`` and the mean as it was subtracted, bfloat16
+    ``[B, H, 1, D]`` (empty unless ``keep_mean`` and ``center``)."""
+    *lead, count = x.shape
+    packed = x.new_empty(*lead, packed_width(count, bits), dtype=torch.uint8)
+    scales = x.new_empty(*lead, -(-count // group_size), 2, dtype=torch.bfloat16)
+    samples, heads, tokens = lead
+    mean_shape = (samples, heads, 1, count) if center and keep_mean and tokens else (0,)
+    return packed, scales, x.new_empty(mean_shape, dtype=torch.bfloat16)
+
+
+@_op(
+    "(Tensor grad, Tensor[] query, Tensor[] key, Tensor[] value, Tensor? mask, bool is_causal, float scale, int bits,"
+    " int group_size, SymInt dim, bool mask_wanted, str backend) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+def attention_backward(grad, query, key, value, mask, is_causal, scale, bits, group_size, dim, mask_wanted, backend):
+    """Gradients of attention for query, key, value and mask, see `backends.attention`; ``query``, ``key`` and ``value`` are
+    the three results of `encode_heads`, ``dim`` the query's head size."""
+    d_q, d_k, d_v = (
+        grad.new_empty(parts[0].shape[0], parts[0].shape[2], parts[0].shape[1], d).transpose(1, 2)
+        for parts, d in ((query, dim), (key, dim), (value, grad.shape[3]))
+    )
+    return d_q, d_k, d_v, grad.new_empty(mask.shape if mask_wanted else (0,), dtype=math_dtype(grad.dtype))
