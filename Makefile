@@ -13,6 +13,8 @@ $(INSTALLED): pyproject.toml constraints/pinned.txt
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet $(TORCH_INDEX) --constraint constraints/pinned.txt torch
 	$(BIN)/pip install --quiet --constraint constraints/pinned.txt --editable ".[dev]"
+	# For the tests of timm models; see tests/conftest.py for why they are kept apart.
+	$(BIN)/pip install --quiet --constraint constraints/pinned.txt --no-deps --upgrade --target $(VENV)/timm timm torchvision
 	touch $@
 
 demo: $(INSTALLED)  ## Fine-tune the shipped backbone on handwritten digits with S2A, LoRA, a linear probe and in full.

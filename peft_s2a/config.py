@@ -1,0 +1,274 @@
+"""The configurations of the S2A tuners: what a user sets, validated when it is set."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from peft import PeftConfig
+from peft.utils import PeftType
+
+from peft_s2a.registration import add_peft_types
+
+
+add_peft_types()
+
+STRUCTURES = ("bias", "prompt", "side")
+SIDE_MODES = ("residual", "ladder")
+SIDE_ACTIVATIONS = ("gelu", "linear")
+SIDE_INITIALISATIONS = ("orthogonal", "svd")
+
+
+def _check_choice(config: PeftConfig, name: str, allowed: tuple[str, ...]) -> None:
+    value = getattr(config, name)
+    if value not in allowed:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+
+
+def _check_positive_int(config: PeftConfig, name: str) -> None:
+    value = getattr(config, name)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+
+
+def _check_names(config: PeftConfig, name: str) -> None:
+    value = getattr(config, name)
+    if value is None or isinstance(value, str):
+        return
+    if not isinstance(value, (list, tuple, set)) or not all(isinstance(item, str) for item in value):
+        raise ValueError(f"`{name}` must be None, a string or a list of strings, got {value!r}.")
+
+
+@dataclass
+class _S2ABaseConfig(PeftConfig):
+    """What all S2A tuners share. The fields are described in [`S2AConfig`]."""
+
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Modules to adapt: a list of names or name endings, a regular expression, or 'all-linear'. Each "
+            "requested structure attaches to those it can serve. None: chosen from the model's own modules."
+        },
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Modules to leave alone: a list of names or name endings, or an expression."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the layers to adapt. None: all of them."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the list that holds the layers, if `layers_to_transform` is set."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={"help": "Modules trained in full and saved with the adapter. None: the task head; []: none."},
+    )
+    freeze_batch_norm_stats: bool = field(
+        default=True,
+        metadata={
+            "help": "Keep the running statistics of batch normalisation as they are. With False they follow the "
+            "training images and are saved with the adapter."
+        },
+    )
+    activation_quantization: Any = field(
+        default=None, metadata={"help": "How activations kept for backward are quantised. None: not at all."}
+    )
+    init_weights: bool = field(
+        default=True,
+        metadata={"help": "Start as the base model, exactly. False: a random start, for tests."},
+    )
+    structure_targets: dict[str, list[str]] | None = field(
+        default=None,
+        metadata={
+            "help": "For each structure the full names of the modules it sits on. Filled in when the adapter is made, "
+            "so that it is rebuilt in the same places; not meant to be set by hand."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            _check_names(self, name)
+        if isinstance(self.modules_to_save, str):
+            raise ValueError(
+                f"`modules_to_save` must be None or a list of names, got the string {self.modules_to_save!r}."
+            )
+        _check_names(self, "modules_to_save")
+        if isinstance(self.target_modules, (list, tuple)):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, (list, tuple)):
+            self.exclude_modules = set(self.exclude_modules)
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError("`layers_to_transform` cannot be used when `target_modules` is a str.")
+        if isinstance(self.target_modules, str) and self.layers_pattern is not None:
+            raise ValueError("`layers_pattern` cannot be used when `target_modules` is a str.")
+        if self.layers_pattern and not self.layers_to_transform and self.layers_to_transform != 0:
+            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
+        if self.activation_quantization is not None:
+            raise NotImplementedError(
+                "`activation_quantization` is not available yet: pass None, and the activations stay in full precision."
+            )
+        self._check_structure_targets()
+
+    def _check_structure_targets(self) -> None:
+        if self.structure_targets is None:
+            return
+        valid = isinstance(self.structure_targets, dict) and all(
+            structure in (*STRUCTURES, "ladder")
+            and isinstance(names, (list, tuple))
+            and all(isinstance(name, str) for name in names)
+            for structure, names in self.structure_targets.items()
+        )
+        if not valid:
+            raise ValueError(
+                "`structure_targets` must map 'bias', 'prompt', 'side' or 'ladder' to lists of module names, got "
+                f"{self.structure_targets!r}."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain JSON types: no sets, no nested dataclasses, in a reproducible order."""
+        plain = dataclasses.asdict(self)
+        return {key: sorted(value) if isinstance(value, set) else value for key, value in plain.items()}
+
+
+@dataclass
+class S2ABiasConfig(_S2ABaseConfig):
+    """Trains offsets of linear, convolution and normalisation layers (BitFit, Zaken et al. 2022, arXiv:2106.10199).
+
+    Args:
+        train_norm_scale (`bool`):
+            Also train the scale of layer, group and RMS normalisations. Their normalised input is kept for backward
+            in any case, so this costs no memory. Batch normalisation with frozen statistics is left out: there it
+            would cost a whole activation.
+        kwargs: the arguments shared by all S2A tuners, see [`S2AConfig`].
+    """
+
+    structures: ClassVar[tuple[str, ...]] = ("bias",)
+
+    train_norm_scale: bool = field(default=True, metadata={"help": "Also train the scale of normalisations."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.S2A_BIAS
+
+
+@dataclass
+class S2APromptConfig(_S2ABaseConfig):
+    """Trains key/value tokens that every attention layer also attends to, through a gate that starts at zero.
+
+    The joint form is a gated second attention (zero-init attention of LLaMA-Adapter, Zhang et al. 2023,
+    arXiv:2303.16199, over prompts as in VPT, Jia et al. 2022, arXiv:2203.12119); models without attention get a
+    zero-initialised pattern added to the image (visual prompting, Bahng et al. 2022, arXiv:2203.17274).
+
+    Args:
+        num_prompt_tokens (`int`): Prompt tokens per attention layer; the side of the square input pattern otherwise.
+        kwargs: the arguments shared by all S2A tuners, see [`S2AConfig`].
+    """
+
+    structures: ClassVar[tuple[str, ...]] = ("prompt",)
+
+    num_prompt_tokens: int = field(default=8, metadata={"help": "Prompt tokens per attention layer."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_positive_int(self, "num_prompt_tokens")
+        self.peft_type = PeftType.S2A_PROMPT
+
+
+@dataclass
+class S2ASideConfig(_S2ABaseConfig):
+    """Trains low-rank branches beside modules of a backbone, or a ladder of them beside the whole backbone.
+
+    Args:
+        side_rank (`int`): Width r of a branch.
+        side_alpha (`float`): A branch is scaled by `side_alpha / side_rank`.
+        side_mode (`str`):
+            "residual": `y = base(x) + side_alpha / side_rank * U f(D x)` with frozen D, so that only tensors of width
+            r are kept for backward. "ladder": a recurrent state of width r runs beside a backbone that needs no
+            backward pass, and joins it before the head.
+        side_activation (`str`): f: "gelu", or "linear" for branches that can be merged into a linear layer.
+        side_init (`str`): D: "orthogonal" rows, or "svd", the top right-singular vectors of the layer beside it.
+        kwargs: the arguments shared by all S2A tuners, see [`S2AConfig`].
+    """
+
+    structures: ClassVar[tuple[str, ...]] = ("side",)
+
+    side_rank: int = field(default=32, metadata={"help": "Width of a side branch."})
+    side_alpha: float = field(default=16.0, metadata={"help": "Side branches are scaled by side_alpha / side_rank."})
+    side_mode: str = field(default="residual", metadata={"help": "'residual' or 'ladder'."})
+    side_activation: str = field(default="gelu", metadata={"help": "'gelu', or 'linear' (mergeable)."})
+    side_init: str = field(default="orthogonal", metadata={"help": "Frozen projection: 'orthogonal' or 'svd'."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_positive_int(self, "side_rank")
+        if isinstance(self.side_alpha, bool) or not isinstance(self.side_alpha, (int, float)) or self.side_alpha <= 0:
+            raise ValueError(f"`side_alpha` must be a positive number, got {self.side_alpha!r}.")
+        _check_choice(self, "side_mode", SIDE_MODES)
+        _check_choice(self, "side_activation", SIDE_ACTIVATIONS)
+        _check_choice(self, "side_init", SIDE_INITIALISATIONS)
+        self.peft_type = PeftType.S2A_SIDE
+
+
+@dataclass
+class S2AConfig(S2ASideConfig, S2APromptConfig, S2ABiasConfig):
+    """Structure-activation synergy (Jin et al. 2025, arXiv:2503.08154): any combination of the three structures.
+
+    The paper names the structures (bias, prompt, side) and the 4-bit derivative-aware quantisation; their inner form is
+    our choice and described where it is implemented.
+
+    Args:
+        structures (`tuple[str, ...]`): Which of "bias", "prompt" and "side" to train.
+        target_modules (`list[str]`, `str` or `None`):
+            Modules to adapt, as in PEFT: names or name endings, a regular expression, or "all-linear". Every requested
+            structure attaches to those of them that it can serve: bias to Linear, Conv and normalisations; side to
+            Linear, Conv1d/2d and MLP or stage modules whose input and output are single tensors; prompt to attention
+            modules. None chooses the targets from the model.
+        exclude_modules (`list[str]`, `str` or `None`): Modules to leave alone.
+        layers_to_transform (`list[int]`, `int` or `None`): Indices of the layers to adapt.
+        layers_pattern (`list[str]`, `str` or `None`): Name of the list that holds these layers.
+        modules_to_save (`list[str]` or `None`):
+            Modules trained in full and saved with the adapter. None finds the task head by itself; [] is none.
+        num_prompt_tokens (`int`): See [`S2APromptConfig`].
+        side_rank, side_alpha, side_mode, side_activation, side_init: See [`S2ASideConfig`].
+        train_norm_scale (`bool`): See [`S2ABiasConfig`].
+        freeze_batch_norm_stats (`bool`):
+            Keep the running statistics of batch normalisation as they are, so that an adapter reloads bit-exactly.
+            With False they follow the training images and are saved with the adapter.
+        activation_quantization:
+            How activations kept for backward are quantised: an [`ActivationQuantizationConfig`], a dict of its
+            arguments, or None to leave activations alone.
+        init_weights (`bool`): Start exactly as the base model; False gives a random start, for tests.
+
+    Raises:
+        ValueError: if an argument is out of range, or if a ladder is combined with other structures.
+
+    Example:
+
+        ```py
+        >>> from transformers import AutoModelForImageClassification
+        >>> from peft import get_peft_model
+        >>> from peft_s2a import S2AConfig
+
+        >>> model = AutoModelForImageClassification.from_pretrained("google/vit-base-patch16-224-in21k", num_labels=10)
+        >>> model = get_peft_model(model, S2AConfig())
+        ```
+    """
+
+    structures: tuple[str, ...] = field(default=STRUCTURES, metadata={"help": "Which of bias, prompt, side to train."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.S2A
+        if isinstance(self.structures, str) or not isinstance(self.structures, (list, tuple, set)):
+            raise ValueError(f"`structures` must be a tuple of names out of {STRUCTURES}, got {self.structures!r}.")
+        unknown = [structure for structure in self.structures if structure not in STRUCTURES]
+        if unknown or not self.structures:
+            raise ValueError(f"`structures` must hold one or more of {STRUCTURES}, got {tuple(self.structures)!r}.")
+        self.structures = tuple(structure for structure in STRUCTURES if structure in self.structures)
+        if self.side_mode == "ladder" and self.structures != ("side",):
+            raise ValueError(
+                "`side_mode='ladder'` runs beside a backbone without gradient, so it cannot be combined with other "
+                f"structures: pass `structures=('side',)` instead of {self.structures!r}, or `side_mode='residual'`."
+            )

@@ -1,0 +1,1 @@
+"""The S2A tuner and its layers."""

@@ -1,0 +1,146 @@
+"""Bias: trained offsets of linear, convolution and normalisation layers, and scales of normalisations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from peft_s2a.tuners.layer import S2ALayer
+
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+NORMALISATIONS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, *BATCH_NORMS)
+
+
+def is_normalisation(module: nn.Module) -> bool:
+    """Torch's normalisation layers, and a model's own ones that are called so and hold one scale vector."""
+    if isinstance(module, NORMALISATIONS):
+        return True
+    named_so = any(kind in type(module).__name__ for kind in ("LayerNorm", "RMSNorm"))
+    weight = getattr(module, "weight", None)
+    return named_so and isinstance(weight, nn.Parameter) and weight.dim() == 1
+
+
+def can_serve(module: nn.Module) -> bool:
+    """Whether a `BiasLayer` can sit on `module`."""
+    return isinstance(module, (nn.Linear, *CONVOLUTIONS)) or is_normalisation(module)
+
+
+class BiasLayer(S2ALayer):
+    """Wraps a leaf module: `y = base(x)` with bias `b + delta_b` and, for a normalisation, scale `gamma + delta_gamma`.
+
+    Both offsets start at zero (BitFit, Zaken et al. 2022, section 3; TinyTL, Cai et al. 2020, section 3.2). The gradient
+    of a bias is the sum of the output's gradient: nothing is kept for backward. That of a scale needs the normalised
+    input, which a normalisation keeps anyway. Offsets go *into* the base module's own computation, so they cost neither a
+    pass over the output nor a copy of it. A base module without a bias gets its offset added to the output.
+
+    The layer is also what a side branch beside a single leaf is attached to; it may then hold no offsets of its own.
+
+    Args:
+        base_layer: a module for which `can_serve` holds.
+    """
+
+    adapter_layer_names = ("s2a_bias", "s2a_scale")
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.s2a_bias = nn.ParameterDict({})
+        self.s2a_scale = nn.ParameterDict({})
+
+    def update_layer(self, adapter_name: str, *, train_scale: bool, init_weights: bool) -> None:
+        """Adds an adapter.
+
+        Args:
+            adapter_name: its name.
+            train_scale: also train the scale, if the base module is a normalisation that has one.
+            init_weights: start at zero; otherwise at random.
+        """
+        like = self.reference_tensor()
+        self.s2a_bias[adapter_name] = nn.Parameter(
+            torch.zeros(self._bias_shape(), device=like.device, dtype=like.dtype)
+        )
+        base_layer = self.get_base_layer()
+        if train_scale and is_normalisation(base_layer) and getattr(base_layer, "weight", None) is not None:
+            self.s2a_scale[adapter_name] = nn.Parameter(torch.zeros_like(base_layer.weight.data))
+        if not init_weights:
+            for parameters in (self.s2a_bias, self.s2a_scale):
+                if adapter_name in parameters:
+                    nn.init.normal_(parameters[adapter_name], std=0.02)
+
+    def _bias_shape(self) -> torch.Size:
+        base_layer = self.get_base_layer()
+        if getattr(base_layer, "bias", None) is not None:
+            return base_layer.bias.shape
+        if isinstance(base_layer, (nn.Linear, *CONVOLUTIONS)):
+            return base_layer.weight.shape[:1]
+        if getattr(base_layer, "weight", None) is not None:
+            return base_layer.weight.shape
+        if isinstance(base_layer, (nn.LayerNorm, nn.RMSNorm)):
+            return torch.Size(base_layer.normalized_shape)
+        return torch.Size(
+            [base_layer.num_channels if isinstance(base_layer, nn.GroupNorm) else base_layer.num_features]
+        )
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        adapters = list(self.adapters_in_use())
+        parameters, offset = self._adapted_parameters(adapters)
+        if parameters:
+            output = functional_call(self.base_layer, parameters, args, kwargs)
+        else:
+            output = self.base_layer(*args, **kwargs)
+        if offset is not None:
+            output = output + self._broadcast(offset, output).to(output.dtype)
+        return output
+
+    def _adapted_parameters(self, adapters: list[str]) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+        """(base parameters with their offsets, offset for the output of a base module that has no bias)."""
+        base_layer = self.base_layer
+        parameters: dict[str, torch.Tensor] = {}
+        offset = _sum([self.s2a_bias[name] for name in adapters if name in self.s2a_bias])
+        if offset is not None and isinstance(getattr(base_layer, "bias", None), nn.Parameter):
+            parameters["bias"] = (base_layer.bias + offset).to(base_layer.bias.dtype)
+            offset = None
+        scale = _sum([self.s2a_scale[name] for name in adapters if name in self.s2a_scale])
+        if scale is not None:
+            parameters["weight"] = (base_layer.weight + scale).to(base_layer.weight.dtype)
+        return parameters, offset
+
+    def _broadcast(self, offset: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """`offset` shaped to be added to `output`: convolutions, batch and group normalisation have spatial axes last."""
+        base_layer = self.get_base_layer()
+        if isinstance(base_layer, CONVOLUTIONS):
+            spatial_axes = len(base_layer.kernel_size)
+        elif isinstance(base_layer, (nn.GroupNorm, *BATCH_NORMS)):
+            spatial_axes = output.dim() - 2
+        else:
+            spatial_axes = 0
+        return offset.reshape(*offset.shape, *[1] * spatial_axes)
+
+    def not_mergeable(self, adapter_name: str) -> str | None:
+        if adapter_name in self.s2a_bias and getattr(self.get_base_layer(), "bias", None) is None:
+            return (
+                f"Adapter {adapter_name!r} trains a bias on a {type(self.get_base_layer()).__name__} that has none, so it "
+                "cannot be merged. Keep the adapter separate, or leave such modules out with `exclude_modules`."
+            )
+        return None
+
+    def _merge_adapter(self, adapter_name: str, sign: int) -> dict[nn.Parameter, torch.Tensor]:
+        base_layer = self.get_base_layer()
+        new_values = {}
+        if adapter_name in self.s2a_bias:
+            new_values[base_layer.bias] = base_layer.bias.data + sign * self.s2a_bias[adapter_name].data
+        if adapter_name in self.s2a_scale:
+            new_values[base_layer.weight] = base_layer.weight.data + sign * self.s2a_scale[adapter_name].data
+        return new_values
+
+    def extra_repr(self) -> str:
+        return f"adapters={self._all_available_adapter_names()}"
+
+
+def _sum(tensors: list[torch.Tensor]) -> torch.Tensor | None:
+    return sum(tensors[1:], start=tensors[0]) if tensors else None

@@ -1,0 +1,174 @@
+"""Ladder: a narrow network beside a backbone that needs no backward pass."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners._buffer_dict import BufferDict
+from torch import nn
+
+from peft_s2a.tuners.layer import AttachedLayer, as_tensor, first_tensor, with_first_tensor, with_tensor
+from peft_s2a.tuners.side import frozen_projection, input_width, projections
+
+
+class _LadderBase(AttachedLayer):
+    def not_mergeable(self, adapter_name: str) -> str:
+        return (
+            f"Adapter {adapter_name!r} is a ladder beside the backbone, which no weight of it can hold, so it cannot be "
+            "merged. Keep the adapter separate, or train with `side_mode='residual'` and `side_activation='linear'`."
+        )
+
+
+class LadderRung(_LadderBase):
+    r"""Advances the ladder's state beside one block: `h <- h + gelu(D x + A h + a)`, x being the block's input.
+
+    Ladder side-tuning (Sung et al. 2022, arXiv:2206.06522, section 3) runs a small trained network that reads the
+    backbone's intermediate features and sends nothing back, so the backbone needs no backward pass. There each rung is a
+    narrow copy of a transformer block behind a learned projection; here, our choice, it is one recurrent layer of width r
+    behind a frozen projection D, so that of the backbone nothing at all is kept. A starts at zero.
+
+    The state is [batch, tokens, r] or [batch, r, height, width]. Where the backbone reduces its resolution the state is
+    averaged over windows; tokens without a square layout are averaged to one state per image.
+
+    Args:
+        host: the block.
+    """
+
+    attribute = "ladder_adapter"
+    adapter_layer_names = ("s2a_mix", "s2a_shift")
+    other_param_names = ("s2a_down",)
+
+    def __init__(self, host: nn.Module) -> None:
+        super().__init__(host)
+        self.s2a_mix = nn.ParameterDict({})
+        self.s2a_shift = nn.ParameterDict({})
+        self.s2a_down = BufferDict({}, persistent=True)
+        self.activation = nn.GELU()
+        self.states: dict[str, torch.Tensor] = {}
+        """Adapter -> state. One object shared by all rungs and the top of a model's ladder."""
+
+    def _hook(self) -> None:
+        self._before(self._host[0], self._advance)
+
+    def update_layer(self, adapter_name: str, *, rank: int, init: str, init_weights: bool, is_first: bool) -> None:
+        """Adds an adapter; the first rung of a ladder starts the state, the others mix it (A). See [`S2ASideConfig`]."""
+        like = self.reference_tensor()
+        first = projections(self._host[0])[0]
+        down = frozen_projection(first, (rank, input_width(first)), init)
+        self.s2a_down[adapter_name] = down.to(like.device, like.dtype)
+        factory = {"device": like.device, "dtype": like.dtype}
+        self.s2a_shift[adapter_name] = nn.Parameter(torch.zeros(rank, **factory))
+        if is_first:
+            return
+        self.s2a_mix[adapter_name] = nn.Parameter(torch.zeros(rank, rank, **factory))
+        if not init_weights:
+            nn.init.normal_(self.s2a_mix[adapter_name], std=rank**-0.5)
+
+    def _advance(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        x = first_tensor(args, kwargs)
+        for name in self.adapters_in_use():
+            down = self.s2a_down[name].to(x.dtype)
+            # A block that starts with a convolution reads [batch, channels, ...], any other [..., channels].
+            channels_first = not isinstance(projections(self._host[0])[0], nn.Linear)
+            features = F.linear(x.movedim(1, -1) if channels_first else x, down)
+            features = features + self.s2a_shift[name].to(x.dtype)
+            if name not in self.s2a_mix:
+                self.states[name] = self.activation(features)
+                continue
+            # Every state is [batch, positions..., r].
+            state = resample(self.states[name].to(x.dtype), features.shape[1:-1])
+            mixed = F.linear(state, self.s2a_mix[name].to(x.dtype))
+            self.states[name] = state + self.activation(features + mixed)
+
+
+class LadderTop(_LadderBase):
+    """Joins the ladder's state, averaged over positions, to the features: `y + side_alpha / side_rank * U h`.
+
+    U starts at zero. With task heads the features are what these read, behind everything of the backbone; without one
+    they are what the last block, on which the layer sits, puts out.
+
+    Args:
+        host: the last block.
+        width: the width of the features.
+    """
+
+    attribute = "ladder_top"
+    adapter_layer_names = ("s2a_up",)
+
+    def __init__(self, host: nn.Module, width: int) -> None:
+        super().__init__(host)
+        self.width = width
+        self.s2a_up = nn.ParameterDict({})
+        self.scaling: dict[str, float] = {}
+        self.states: dict[str, torch.Tensor] = {}
+
+    def join(self, heads: list[nn.Module]) -> None:
+        """Sets where the state joins the features: the inputs of `heads`, or the host's output if there are none."""
+        self._unhook()
+        for head in heads:
+            self._before(head, self._join_input)
+        if not heads:
+            self._after(self._host[0], self._join_output)
+
+    def update_layer(self, adapter_name: str, *, rank: int, alpha: float, init_weights: bool) -> None:
+        """Adds an adapter; the arguments are those of [`S2ASideConfig`]."""
+        like = self.reference_tensor()
+        up = torch.zeros(self.width, rank, device=like.device, dtype=like.dtype)
+        self.s2a_up[adapter_name] = nn.Parameter(up)
+        if not init_weights:
+            nn.init.normal_(self.s2a_up[adapter_name], std=rank**-0.5)
+        self.scaling[adapter_name] = alpha / rank
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self.scaling.pop(adapter_name, None)
+        super().delete_adapter(adapter_name)
+
+    def _join_input(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        if not any(self.adapters_in_use()):
+            return None
+        joined = with_first_tensor(args, kwargs, self._join(first_tensor(args, kwargs)))
+        if module is self._hooked[-1]:
+            self.states.clear()  # or the graph would live until the next forward pass
+        return joined
+
+    def _join_output(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        joined = with_tensor(output, self._join(as_tensor(output)))
+        self.states.clear()
+        return joined
+
+    def _join(self, features: torch.Tensor) -> torch.Tensor:
+        for name in self.adapters_in_use():
+            pooled = self.states[name].flatten(1, -2).mean(1)
+            update = F.linear(pooled.to(features.dtype), self.s2a_up[name].to(features.dtype)) * self.scaling[name]
+            positions = [1] * (features.dim() - 2)
+            channels_first = features.dim() == 4 and features.shape[1] == self.width
+            shape = (self.width, *positions) if channels_first else (*positions, self.width)
+            features = features + update.reshape(-1, *shape)
+        return features
+
+
+def resample(state: torch.Tensor, positions: torch.Size) -> torch.Tensor:
+    """`state` [batch, positions..., r] averaged or repeated to other positions.
+
+    Grids and square token sequences are averaged over windows. Sequences that differ otherwise (by a class token, say)
+    go through their mean, one state per image.
+    """
+    if state.shape[1:-1] == positions:
+        return state
+    old_grid, new_grid = _grid(state.shape[1:-1]), _grid(positions)
+    if old_grid is None or new_grid is None:
+        mean = state.flatten(1, -2).mean(1)
+        return mean.reshape(len(mean), *[1] * len(positions), -1).expand(-1, *positions, -1)
+    image = state.unflatten(1, old_grid) if state.dim() == 3 else state
+    pooled = F.adaptive_avg_pool2d(image.movedim(-1, 1), new_grid).movedim(1, -1)
+    return pooled.reshape(len(state), *positions, state.shape[-1])
+
+
+def _grid(positions: torch.Size) -> tuple[int, int] | None:
+    if len(positions) == 2:
+        return positions[0], positions[1]
+    side = math.isqrt(positions.numel())
+    return (side, side) if len(positions) == 1 and side * side == positions.numel() else None

@@ -1,0 +1,189 @@
+"""What the S2A layers share: book-keeping on top of PEFT's `BaseTunerLayer`, and layers that sit *on* a module.
+
+Two ways of reaching a module of the base model:
+
+* A leaf (linear, convolution, normalisation) is wrapped, `parent.fc1 = BiasLayer(base_layer=fc1)`, as everywhere in PEFT.
+* A module with children of its own (an attention layer, an MLP, a stage) keeps its place and class: PEFT skips whatever
+  lies inside a wrapper when a second adapter is injected or everything is unloaded, so wrapping it would hide its leaves.
+  An `AttachedLayer` is registered as its child and acts through forward hooks.
+
+Parameters are named `s2a_*` and held in dictionaries keyed by adapter, directly below the layer. PEFT and transformers
+both rely on this when they insert the adapter's name into the keys of a checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import nn
+
+
+class S2ALayer(nn.Module, BaseTunerLayer):
+    """Base class of the S2A layers.
+
+    A subclass lists its parameter dictionaries in `adapter_layer_names` (trained) and `other_param_names` (frozen), and
+    says in `not_mergeable` why an adapter cannot be merged, or implements `_merge_adapter`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._disable_adapters = False
+        self._active_adapter: str | list[str] = []
+        self.merged_adapters: list[str] = []
+
+    def adapters_in_use(self) -> Iterator[str]:
+        """The active adapters that have weights here; none while adapters are disabled or merged."""
+        if self.disable_adapters or self.merged:
+            return
+        available = self._get_available_adapters()
+        yield from (name for name in self.active_adapters if name in available)
+
+    def reference_tensor(self) -> torch.Tensor:
+        """A floating-point tensor of the base module; new weights take its device and dtype."""
+        base_layer = self.get_base_layer()
+        tensors = [*base_layer.parameters(), *base_layer.buffers()]
+        floating = [tensor for tensor in tensors if tensor.is_floating_point()]
+        return floating[0] if floating else torch.empty(0)
+
+    def not_mergeable(self, adapter_name: str) -> str | None:
+        """Why `adapter_name` cannot be merged into the base module, with what to do instead; None if it can."""
+        return None
+
+    def _merge_adapter(self, adapter_name: str, sign: int) -> dict[nn.Parameter, torch.Tensor]:
+        """The base parameters that merging changes, with their new values. `sign` is -1 for unmerging."""
+        raise NotImplementedError
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Adds adapters to the parameters of the base module.
+
+        Args:
+            safe_merge: check the new values for NaN and infinity first.
+            adapter_names: which adapters; the active ones by default.
+
+        Raises:
+            ValueError: if an adapter has no form that the base module could hold, or is broken (`safe_merge`).
+        """
+        available = self._get_available_adapters()
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in available:
+                continue
+            if reason := self.not_mergeable(name):
+                raise ValueError(reason)
+            new_values = self._merge_adapter(name, sign=1)
+            if safe_merge and not all(torch.isfinite(value).all() for value in new_values.values()):
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+            for parameter, value in new_values.items():
+                parameter.data = value.to(parameter.dtype)
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Takes merged adapters out of the base parameters again, up to rounding of their dtype."""
+        while self.merged_adapters:
+            for parameter, value in self._merge_adapter(self.merged_adapters.pop(), sign=-1).items():
+                parameter.data = value.to(parameter.dtype)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Toggles the adapters; merged ones are taken out of the base parameters first, as PEFT's layers do."""
+        if not enabled and self.merged:
+            self.unmerge()
+        super().enable_adapters(enabled)
+
+
+class AttachedLayer(S2ALayer):
+    """A layer that is a child of the module it adapts and acts through hooks on it or on other modules.
+
+    A subclass says in `_hook` which hooks it needs; they must be bound methods of the layer, so that they follow it when a
+    model is copied.
+    """
+
+    attribute: str
+    """Name under which the layer is registered on its host."""
+
+    def __init__(self, host: nn.Module) -> None:
+        super().__init__()
+        # In lists, or the host would become a child of its own child.
+        self._host = [host]
+        self._hooked: list[nn.Module] = []
+
+    @classmethod
+    def on(cls, host: nn.Module) -> AttachedLayer | None:
+        """The layer of this class that sits on `host`, if there is one."""
+        layer = getattr(host, cls.attribute, None)
+        return layer if isinstance(layer, cls) else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Passes its input on: an `nn.Sequential` calls all its children, this one too if it is the host."""
+        return x
+
+    def get_base_layer(self) -> nn.Module:
+        return self._host[0]
+
+    def attach(self) -> AttachedLayer:
+        """Registers the layer on its host, and its hooks."""
+        self._host[0].add_module(self.attribute, self)
+        self._hook()
+        return self
+
+    def detach_from_host(self) -> None:
+        """Takes the layer off its host, and its hooks off all modules."""
+        self._unhook()
+        delattr(self._host[0], self.attribute)
+
+    def _hook(self) -> None:
+        """Registers the hooks through `_before` and `_after`."""
+
+    def _before(self, module: nn.Module, hook: Callable) -> None:
+        module.register_forward_pre_hook(hook, with_kwargs=True)
+        self._hooked.append(module)
+
+    def _after(self, module: nn.Module, hook: Callable) -> None:
+        module.register_forward_hook(hook, with_kwargs=True)
+        self._hooked.append(module)
+
+    def _unhook(self) -> None:
+        for module in self._hooked:
+            for hooks, with_kwargs in (
+                (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+                (module._forward_hooks, module._forward_hooks_with_kwargs),
+            ):
+                for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
+                    del hooks[key]
+                    with_kwargs.pop(key, None)
+        self._hooked.clear()
+
+
+def first_tensor(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+    """The first tensor among a module's arguments: its input.
+
+    Raises:
+        ValueError: if there is none, as in heads that read a list of feature maps.
+    """
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.Tensor):
+            return value
+    raise ValueError(
+        "An S2A layer sits on a module whose arguments include no tensor (a head that reads several feature maps, say). "
+        "Leave that module out with `exclude_modules`, or use `side_mode='residual'` instead of a ladder."
+    )
+
+
+def with_first_tensor(args: tuple, kwargs: dict[str, Any], tensor: torch.Tensor) -> tuple[tuple, dict[str, Any]]:
+    """The arguments with their first tensor (see `first_tensor`) replaced."""
+    for index, value in enumerate(args):
+        if isinstance(value, torch.Tensor):
+            return (*args[:index], tensor, *args[index + 1 :]), kwargs
+    name = next(name for name, value in kwargs.items() if isinstance(value, torch.Tensor))
+    return args, {**kwargs, name: tensor}
+
+
+def as_tensor(output: Any) -> torch.Tensor:
+    """The tensor that a module returned, alone or as the first of a tuple."""
+    return output if isinstance(output, torch.Tensor) else output[0]
+
+
+def with_tensor(output: Any, tensor: torch.Tensor) -> Any:
+    """`output` with its tensor (see `as_tensor`) replaced."""
+    return tensor if isinstance(output, torch.Tensor) else (tensor, *output[1:])

@@ -1,0 +1,229 @@
+"""Side: low-rank branches beside modules of the backbone, of which only tensors of width r are kept for backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners._buffer_dict import BufferDict
+from torch import nn
+
+from peft_s2a.tuners.bias import CONVOLUTIONS, BiasLayer
+from peft_s2a.tuners.layer import AttachedLayer, as_tensor, first_tensor, with_tensor
+
+
+# Small networks that make position biases, beside the path that features take.
+POSITION_NETWORKS = ("continuous_position_bias_mlp", "cpb_mlp", "relative_position_bias", "rel_pos")
+
+
+def projections(module: nn.Module) -> list[nn.Module]:
+    """The linear and convolution layers that features pass in `module` (or `module` itself), in order.
+
+    Those of adapters and of networks that make position biases are not among them.
+    """
+    if isinstance(module, BiasLayer):
+        module = module.get_base_layer()
+    if isinstance(module, (nn.Linear, *CONVOLUTIONS)):
+        return [module]
+    found = []
+    for name, child in module.named_children():
+        if not isinstance(child, AttachedLayer) and name not in POSITION_NETWORKS:
+            found.extend(projections(child))
+    return found
+
+
+def input_width(layer: nn.Module) -> int:
+    return layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+
+
+def output_width(layer: nn.Module) -> int:
+    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+
+
+def can_serve(module: nn.Module) -> bool:
+    """Whether a side branch can run beside `module`: a Linear, Conv1d, Conv2d, or a module that starts and ends with such.
+
+    A module with several layers must have tensors of one layout at both ends: channels last (it starts with a Linear) or
+    channels first (it starts with a convolution).
+    """
+    layers = projections(module)
+    return bool(layers) and not isinstance(layers[0], nn.Conv3d)
+
+
+def frozen_projection(layer: nn.Module, shape: tuple[int, ...], init: str) -> torch.Tensor:
+    """D: `shape[0]` orthonormal directions of the input of `layer`, as a tensor of `shape` in float32.
+
+    Args:
+        layer: the Linear or convolution that reads the same input.
+        shape: (rank, input width), or (rank, input channels, *kernel size).
+        init: "orthogonal": random directions (as in LoRA-FA, Zhang et al. 2023, section 3, where the down-projection is
+            frozen at random; orthogonality is our choice). "svd": the top right-singular vectors of the layer's weight,
+            the directions it amplifies most (our choice, after PiSSA, Meng et al. 2024); directions that the weight
+            lacks are filled up at random.
+    """
+    rank, width = shape[0], torch.Size(shape[1:]).numel()
+    directions = torch.empty(rank, width)
+    nn.init.orthogonal_(directions)
+    if init == "svd":
+        weight = layer.weight.detach().float().cpu()
+        if weight.shape[1:] != shape[1:]:  # a kernel seen through a 1x1 branch: its sum over positions
+            weight = weight.flatten(2).sum(-1)
+        if weight[0].numel() == width:
+            top = torch.linalg.svd(weight.flatten(1), full_matrices=False).Vh[:rank]
+            directions[: len(top)] = top
+    return directions.reshape(shape)
+
+
+class SideLayer(AttachedLayer):
+    r"""Adds `s * U f(D x)` to the output of its host, `x` being the host's input and `s = side_alpha / side_rank`.
+
+    D is frozen, so the full-width input is not kept for backward: only `D x` and `f(D x)`, of width r, are (LoRA-FA,
+    Zhang et al. 2023, arXiv:2308.03303). U starts at zero. f is GELU or the identity. Scaling by the rank keeps training
+    stable when the rank grows (LoRA, Hu et al. 2021, section 4.1). The branch around a whole MLP is the form of a parallel
+    adapter (He et al. 2022, arXiv:2110.04366); the paper (section "side") leaves these choices open.
+
+    Layouts: beside a Linear or a module of Linears, x is [..., width]. Beside a convolution, D has the geometry of that
+    convolution and U is 1x1. Beside a module that starts with a convolution, x is [batch, width, ...], both are 1x1, and
+    `D x` is averaged over windows where the module reduces the resolution.
+
+    Args:
+        host: the module whose output is added to.
+        entry: the module whose input is x: the host, or the first of two siblings that the host is the second of.
+    """
+
+    attribute = "side_adapter"
+    adapter_layer_names = ("s2a_up",)
+    other_param_names = ("s2a_down",)
+
+    def __init__(self, host: nn.Module, entry: nn.Module | None = None) -> None:
+        super().__init__(host)
+        self._entry = [entry]
+        self._input: torch.Tensor | None = None
+        self.s2a_up = nn.ParameterDict({})
+        self.s2a_down = BufferDict({}, persistent=True)
+        self.activation = nn.GELU()
+        self.scaling: dict[str, float] = {}
+        self.has_activation: dict[str, bool] = {}
+
+    def _hook(self) -> None:
+        if self._entry[0] is not None:
+            self._before(self._entry[0], self._remember_input)
+        self._after(self._host[0], self._add_branch)
+
+    @property
+    def is_leaf(self) -> bool:
+        """Whether the host is a single linear or convolution layer."""
+        return isinstance(self._host[0], BiasLayer)
+
+    def _ends(self) -> tuple[nn.Module, nn.Module]:
+        """(the layer that reads the branch's input, the layer whose output width is the branch's)."""
+        entry = self._entry[0] if self._entry[0] is not None else self._host[0]
+        return projections(entry)[0], projections(self._host[0])[-1]
+
+    def update_layer(
+        self, adapter_name: str, *, rank: int, alpha: float, activation: str, init: str, init_weights: bool
+    ) -> None:
+        """Adds an adapter; the arguments are those of [`S2ASideConfig`]."""
+        first, last = self._ends()
+        like = self.reference_tensor()
+        kernel_size = first.kernel_size if self.is_leaf and not isinstance(first, nn.Linear) else ()
+        down = frozen_projection(first, (rank, input_width(first), *kernel_size), init)
+        up = torch.zeros(output_width(last), rank)
+        if not init_weights:
+            nn.init.normal_(up, std=rank**-0.5)
+        self.s2a_down[adapter_name] = down.to(like.device, like.dtype)
+        self.s2a_up[adapter_name] = nn.Parameter(up.to(like.device, like.dtype))
+        self.scaling[adapter_name] = alpha / rank
+        self.has_activation[adapter_name] = activation != "linear"
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self.scaling.pop(adapter_name, None)
+        self.has_activation.pop(adapter_name, None)
+        super().delete_adapter(adapter_name)
+
+    def _remember_input(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._input = first_tensor(args, kwargs) if any(self.adapters_in_use()) else None
+
+    def _add_branch(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        adapters = list(self.adapters_in_use())
+        if not adapters:
+            return output
+        x = first_tensor(args, kwargs) if self._entry[0] is None else self._input
+        self._input = None
+        y = as_tensor(output)
+        for name in adapters:
+            y = self._branch(x, y, name)
+        return with_tensor(output, y)
+
+    def _branch(self, x: torch.Tensor, y: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        """`y + s * U f(D x)` in the dtype of y. Weights are cast to the input's dtype, never the input to theirs."""
+        up = self.s2a_up[adapter_name].to(y.dtype)
+        hidden = self._project_down(x, y, self.s2a_down[adapter_name].to(x.dtype))
+        if self.has_activation[adapter_name]:
+            hidden = self.activation(hidden)
+        hidden = hidden.to(y.dtype)
+        scaling = self.scaling[adapter_name]
+        if self._channels_last:
+            # addmm adds the branch while it multiplies: the branch's output never exists beside y.
+            flat = torch.addmm(y.reshape(-1, y.shape[-1]), hidden.reshape(-1, hidden.shape[-1]), up.t(), alpha=scaling)
+            return flat.view(y.shape)
+        convolution = F.conv1d if y.dim() == 3 else F.conv2d
+        kernel = (up * scaling).reshape(*up.shape, *[1] * (y.dim() - 2))
+        return y + convolution(hidden, kernel)
+
+    @property
+    def _channels_last(self) -> bool:
+        return isinstance(self._ends()[0], nn.Linear)
+
+    def _project_down(self, x: torch.Tensor, y: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        first, _ = self._ends()
+        if isinstance(first, nn.Linear):
+            hidden = F.linear(x, down)
+            if hidden.shape[:-1] != y.shape[:-1]:
+                self._raise_shape_error(x, y)
+            return hidden
+        convolution = F.conv1d if y.dim() == 3 else F.conv2d
+        if self.is_leaf:
+            if first.padding_mode != "zeros":
+                x = F.pad(x, first._reversed_padding_repeated_twice, mode=first.padding_mode)
+                return convolution(x, down, stride=first.stride, dilation=first.dilation)
+            return convolution(x, down, stride=first.stride, padding=first.padding, dilation=first.dilation)
+        if x.dim() != y.dim():
+            self._raise_shape_error(x, y)
+        hidden = convolution(x, down.reshape(*down.shape, *[1] * (x.dim() - 2)))
+        if hidden.shape[2:] != y.shape[2:]:
+            pool = F.adaptive_avg_pool1d if y.dim() == 3 else F.adaptive_avg_pool2d
+            hidden = pool(hidden, y.shape[2:])
+        return hidden
+
+    def _raise_shape_error(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        raise ValueError(
+            f"A side branch cannot run beside this {type(self._host[0]).__name__}: its input has shape {tuple(x.shape)} and "
+            f"its output {tuple(y.shape)}, which differ in more than the width. Leave it out with `exclude_modules`."
+        )
+
+    def not_mergeable(self, adapter_name: str) -> str | None:
+        if not self.is_leaf:
+            return (
+                f"Adapter {adapter_name!r} has a side branch around a whole {type(self._host[0]).__name__}, which no single "
+                "weight can hold, so it cannot be merged. Keep the adapter separate, or train with `side_activation="
+                "'linear'` and `target_modules` that name single linear or convolution layers."
+            )
+        if self.has_activation[adapter_name]:
+            return (
+                f"Adapter {adapter_name!r} has a side branch with an activation function, which no weight can hold, so it "
+                "cannot be merged. Keep the adapter separate, or train with `side_activation='linear'`."
+            )
+        if getattr(self._ends()[0], "groups", 1) != 1:
+            return (
+                f"Adapter {adapter_name!r} has a side branch beside a grouped convolution, whose weight cannot hold it, so "
+                "it cannot be merged. Keep the adapter separate, or leave grouped convolutions out with `exclude_modules`."
+            )
+        return None
+
+    def _merge_adapter(self, adapter_name: str, sign: int) -> dict[nn.Parameter, torch.Tensor]:
+        weight = self._ends()[0].weight
+        up, down = self.s2a_up[adapter_name].data.float(), self.s2a_down[adapter_name].float()
+        delta = (up @ down.flatten(1)).reshape(weight.shape) * self.scaling[adapter_name]
+        return {weight: weight.data + sign * delta.to(weight.device)}

@@ -1,0 +1,23 @@
+"""Shared by all tests: how timm is found, and small models of every supported family."""
+
+import os
+import sys
+from pathlib import Path
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# transformers imports torchvision wherever it is installed, and torchvision's wheels refuse to be imported beside a CPU-only
+# torch, which lacks the two operators that they only describe. So timm and torchvision live in a folder of their own
+# (the Makefile's), and the operators are declared before anything imports them.
+TIMM_FOLDER = Path(sys.prefix) / "timm"
+if TIMM_FOLDER.is_dir():
+    import torch
+
+    sys.path.append(str(TIMM_FOLDER))
+    try:
+        torch.ops.torchvision.nms  # noqa: B018
+    except AttributeError:
+        TORCHVISION = torch.library.Library("torchvision", "DEF")
+        TORCHVISION.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        TORCHVISION.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
