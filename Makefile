@@ -2,8 +2,6 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-# A CPU build of torch is enough for the demo, the tests and the CPU benchmarks.
-TORCH_INDEX ?=
 INSTALLED = $(VENV)/.installed
 
 .PHONY: demo test quality style clean
@@ -11,7 +9,7 @@ INSTALLED = $(VENV)/.installed
 $(INSTALLED): pyproject.toml constraints/pinned.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet $(TORCH_INDEX) --constraint constraints/pinned.txt torch
+	$(BIN)/pip install --quiet --constraint constraints/pinned.txt torch
 	$(BIN)/pip install --quiet --constraint constraints/pinned.txt --editable ".[dev]"
 	# For the tests of timm models; see tests/conftest.py for why they are kept apart.
 	$(BIN)/pip install --quiet --constraint constraints/pinned.txt --no-deps --upgrade --target $(VENV)/timm timm torchvision
