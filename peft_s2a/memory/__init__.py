@@ -1,0 +1,16 @@
+"""Memory of a training step: measured, estimated, reported."""
+
+from .estimate import estimate_memory, image_batch, largest_batch_size
+from .profile import profile_memory
+from .report import KeptBytes, MemoryReport, PeakBytes
+
+
+__all__ = [
+    "KeptBytes",
+    "MemoryReport",
+    "PeakBytes",
+    "estimate_memory",
+    "image_batch",
+    "largest_batch_size",
+    "profile_memory",
+]

@@ -1,0 +1,219 @@
+"""Memory of a training step from shapes alone: the step runs on fake tensors, which have sizes but no data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.utils._pytree import tree_map_only
+
+from .report import MemoryReport
+from .step import LossFunction, OptimizerFactory, TrainingStep
+from .trace import StepTrace
+from .workspace import workspace_bytes
+
+
+def estimate_memory(
+    model: nn.Module,
+    batch: Any,
+    *,
+    optimizer: OptimizerFactory | None = torch.optim.AdamW,
+    loss_fn: LossFunction | None = None,
+    autocast: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+) -> MemoryReport:
+    """Estimates the memory of a training step of `model`, as `profile_memory` measures it, without allocating any.
+
+    The step runs operator by operator on fake tensors, and the sizes of what is live are added up. What kernels
+    allocate within themselves is modelled for the CPU kernels for which it matters (see `workspace.py`) and left out on
+    CUDA, where libraries choose it at run time.
+
+    Args:
+        model: Any module, with data or on the meta device, in the state in which it is to be trained; it is not
+            changed. A model in eval mode is estimated in train mode.
+        batch: What the model takes: keyword arguments as a mapping, or its single positional argument. Only shapes and
+            dtypes of the tensors matter, so they may be on the meta device. An integer stands for that many images of
+            the size in the `config` of a transformers model, with labels: `image_batch(model, n)`.
+        optimizer, loss_fn, autocast: As for `profile_memory`.
+        device: Where the step is to run, "cpu" or "cuda"; None: where the parameters are (CPU for meta). Estimates
+            for CUDA need a CUDA build of PyTorch; they have not been checked on a GPU yet.
+
+    Returns:
+        The report, with `source="estimate"`.
+
+    Raises:
+        ValueError: If no parameter is trained, the device cannot be estimated, there is no loss, or the model's
+            operators depend on the values of tensors (`profile_memory` can still measure it).
+    """
+    device = _target(model, device)
+    if isinstance(batch, int):
+        batch = image_batch(model, batch)
+    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        with fake_mode:
+            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+
+    try:
+        with _fake_parameters(model, fake), torch.random.fork_rng([]):
+            batch = tree_map_only(torch.Tensor, fake, batch)
+            step = TrainingStep(model, batch, optimizer, loss_fn, autocast, device)
+            _prepare_optimizer(step, device)
+            meter = ShapeMeter(device)
+            trace = StepTrace(model, batch, step.optimizer, meter)
+            with fake_mode, trace:
+                step.forward_backward()
+            with trace:  # not under the fake mode: optimisers read their step counters, which are real scalars
+                step.update()
+            return trace.report("estimate", device.type)
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise ValueError(
+            f"model: its operators depend on the values of tensors ({error}), so shapes alone do not tell its memory; "
+            "measure it with profile_memory"
+        ) from error
+
+
+def largest_batch_size(report: Callable[[int], MemoryReport], budget: int, limit: int = 1 << 16) -> int:
+    """The largest batch size whose peak fits into a budget.
+
+    Memory grows very nearly in proportion to the batch, so the size that a line through two known points gives is
+    tried first, and a bracket around the answer closes by bisection.
+
+    Args:
+        report: Gives the report at a batch size, such as `lambda n: estimate_memory(model, n)`.
+        budget: Bytes for everything: parameters, optimiser state, batch and the step.
+        limit: The largest size tried.
+
+    Returns:
+        The size, 0 if not even one sample fits, at most `limit`.
+
+    Raises:
+        ValueError: If the budget or the limit is not positive.
+    """
+    if budget <= 0 or limit <= 0:
+        raise ValueError(f"budget and limit must be positive, got {budget} and {limit}")
+    peaks = {1: report(1).peak_bytes}
+    fits, fails = 0, limit + 1  # the answer lies in [fits, fails)
+    if peaks[1] <= budget:
+        fits = 1
+    else:
+        return 0
+    while fails - fits > 1:
+        if len(peaks) == 1:
+            size = min(8, limit)
+        else:
+            (low, low_peak), (high, high_peak) = sorted(peaks.items(), key=lambda item: abs(item[1] - budget))[:2]
+            slope = (high_peak - low_peak) / (high - low)
+            size = int(low + (budget - low_peak) / slope) if slope > 0 else limit
+            if size in peaks:  # the line says that the answer is here: look at its neighbour
+                size += 1 if size == fits else -1
+            if not fits < size < fails or len(peaks) > 8:
+                size = (fits + fails) // 2 if fails <= limit else min(2 * fits, limit)
+        peaks[size] = report(size).peak_bytes
+        fits, fails = (size, fails) if peaks[size] <= budget else (fits, size)
+    return fits
+
+
+def image_batch(model: nn.Module, batch_size: int, image_size: int | tuple[int, int] | None = None) -> dict[str, Any]:
+    """A batch of images with class labels for a transformers model, on the meta device.
+
+    Args:
+        model: A model with a `config`, wrapped by PEFT or not.
+        batch_size: Number of images.
+        image_size: Pixels, (height, width) or both at once; None: `config.image_size`, 224 where it has none.
+
+    Returns:
+        `pixel_values` (batch_size, channels, height, width) in the model's dtype, and `labels` (batch_size,) int64.
+
+    Raises:
+        ValueError: If the model has no config, or the batch size is not positive.
+    """
+    config = getattr(model, "config", None)
+    if config is None or isinstance(config, Mapping):
+        raise ValueError(
+            f"batch: {type(model).__name__} has no transformers config to take the image size from; "
+            "pass the batch itself (tensors on the meta device will do)"
+        )
+    if batch_size < 1:
+        raise ValueError(f"batch: the batch size must be positive, got {batch_size}")
+    config = getattr(config, "vision_config", config)
+    size = image_size or getattr(config, "image_size", None) or 224
+    height, width = size if isinstance(size, (tuple, list)) else (size, size)
+    channels = getattr(config, "num_channels", 3)
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    return {
+        "pixel_values": torch.empty(batch_size, channels, height, width, dtype=dtype, device="meta"),
+        "labels": torch.empty(batch_size, dtype=torch.int64, device="meta"),
+    }
+
+
+class ShapeMeter:
+    """Live bytes within operators, from the sizes of their tensors and a model of what kernels allocate."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._workspaces: list[int] = []
+
+    def call(self, trace: StepTrace, function: Any, args: tuple, kwargs: dict) -> Any:
+        output = function(*args, **kwargs)
+        self._workspaces.append(workspace_bytes(function, args, output) if self.device.type == "cpu" else 0)
+        return output
+
+    def peaks(self, trace: StepTrace) -> list[int]:
+        return [moment.live + workspace for moment, workspace in zip(trace.moments, self._workspaces)]
+
+
+def _target(model: nn.Module, device: str | torch.device | None) -> torch.device:
+    if device is None:
+        device = next((p.device for p in model.parameters() if p.device.type != "meta"), "cpu")
+    device = torch.device(device)
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: must be 'cpu' or 'cuda', got {str(device)!r}")
+    if device.type == "cuda" and torch.version.cuda is None and torch.version.hip is None:
+        raise ValueError("device: an estimate for 'cuda' needs a CUDA build of PyTorch, and this one is for CPU only")
+    return device
+
+
+@contextmanager
+def _fake_parameters(model: nn.Module, fake: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Puts fake tensors in the place of parameters and buffers, and the real ones back."""
+    fakes: dict[int, torch.Tensor] = {}  # by identity, so that tied parameters stay tied
+    replaced = []
+    modes = [(module, module.training) for module in model.modules()]
+    if not model.training:
+        model.train()
+    try:
+        for module in model.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is None:
+                        continue
+                    if id(tensor) not in fakes:
+                        replacement = fake(tensor)
+                        if isinstance(tensor, nn.Parameter):
+                            replacement = nn.Parameter(replacement, requires_grad=tensor.requires_grad)
+                        fakes[id(tensor)] = replacement
+                    replaced.append((tensors, name, tensor))
+                    tensors[name] = fakes[id(tensor)]
+        yield
+    finally:
+        for tensors, name, tensor in replaced:
+            tensors[name] = tensor
+        for module, training in modes:
+            module.training = training
+
+
+def _prepare_optimizer(step: TrainingStep, device: torch.device) -> None:
+    """Lets optimiser state appear, as it has after the first step of a training."""
+    if step.optimizer is None:
+        return
+    for group in step.optimizer.param_groups:
+        if device.type == "cuda" and group.get("foreach", False) is None:
+            group["foreach"] = True  # what PyTorch picks for real tensors there, but not for fake ones
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    step.update()
