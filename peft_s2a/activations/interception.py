@@ -1,0 +1,205 @@
+"""Computing with quantised activations inside any module: a function mode that replaces the operators it calls.
+
+Modules, functions and methods end in the same few operators, so catching those covers stock layers, activation classes of
+other libraries and attention written inline alike, without a patch per model.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from . import functional, products
+from .config import ActivationQuantizationConfig
+from .functional import Quantizer
+
+
+class OperatorMode(TorchFunctionMode):
+    """While entered and autograd records, supported operators keep codes instead of full-precision tensors.
+
+    Args:
+        config: widths, levels and backend.
+        module_name: dotted name of the module whose operators these are, for settings that go by module.
+    """
+
+    def __init__(self, config: ActivationQuantizationConfig, module_name: str) -> None:
+        super().__init__()
+        self.config = config
+        self.module_name = module_name
+        self._quantizers: dict[str, Quantizer] = {}
+
+    def quantizer(self, kind: str) -> Quantizer:
+        """The settings of operators of ``kind`` in this module."""
+        if kind not in self._quantizers:
+            self._quantizers[kind] = self.config.quantizer(kind, self.module_name)
+        return self._quantizers[kind]
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        handler = _HANDLERS.get(func) if torch.is_grad_enabled() else None
+        if handler is not None:
+            result = handler(self, *args, **(kwargs or {}))
+            if result is not NotImplemented:
+                return result
+        return func(*args, **(kwargs or {}))
+
+
+_HANDLERS: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+
+def _handles(*stock: Callable[..., Any]):
+    """Register a handler for stock functions: it takes the mode and the stock arguments, and returns the result, or
+    NotImplemented to leave the call as it is."""
+
+    def register(handler):
+        _HANDLERS.update(dict.fromkeys(stock, handler))
+        return handler
+
+    return register
+
+
+def _register_activation(name: str, *stock: Callable[..., Any], inplace: bool = False, parameters: tuple = ()) -> None:
+    def handler(mode, input, *args, **kwargs):
+        params = {**dict(zip((*parameters, "inplace"), args)), **kwargs}
+        over = params.pop("inplace", inplace)
+        return functional.activation(input, name, quantizer=mode.quantizer("activation"), inplace=over, **params)
+
+    _handles(*stock)(handler)
+
+
+_register_activation("silu", F.silu)
+_register_activation("mish", F.mish)
+_register_activation("hardswish", F.hardswish)
+_register_activation("hardsigmoid", F.hardsigmoid)
+_register_activation("relu6", F.relu6)
+_register_activation("relu", F.relu, torch.relu, Tensor.relu)
+_register_activation("relu", F.relu_, torch.relu_, Tensor.relu_, inplace=True)
+_register_activation("leaky_relu", F.leaky_relu, parameters=("negative_slope",))
+_register_activation("hardtanh", F.hardtanh, parameters=("min_val", "max_val"))
+_register_activation("elu", F.elu, parameters=("alpha",))
+_register_activation("celu", F.celu, parameters=("alpha",))
+_register_activation("selu", F.selu)
+_register_activation("softplus", F.softplus, parameters=("beta", "threshold"))
+_register_activation("logsigmoid", F.logsigmoid)
+_register_activation("hardshrink", F.hardshrink, parameters=("lambd",))
+_register_activation("softshrink", F.softshrink, parameters=("lambd",))
+_register_activation("tanh", torch.tanh, Tensor.tanh)
+_register_activation("tanh", torch.tanh_, Tensor.tanh_, inplace=True)
+_register_activation("sigmoid", torch.sigmoid, Tensor.sigmoid)
+_register_activation("sigmoid", torch.sigmoid_, Tensor.sigmoid_, inplace=True)
+
+
+@_handles(F.gelu)
+def _gelu(mode, input, approximate="none"):
+    name = "gelu" if approximate == "none" else "gelu_tanh"
+    return functional.activation(input, name, quantizer=mode.quantizer("activation"))
+
+
+@_handles(F.layer_norm)
+def _layer_norm(mode, input, normalized_shape, weight=None, bias=None, eps=1e-5):
+    return functional.layer_norm(input, normalized_shape, weight, bias, eps, quantizer=mode.quantizer("norm"))
+
+
+@_handles(torch.layer_norm)
+def _torch_layer_norm(mode, input, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn_enable=True):
+    return _layer_norm(mode, input, normalized_shape, weight, bias, eps)
+
+
+@_handles(F.rms_norm, torch.rms_norm)
+def _rms_norm(mode, input, normalized_shape, weight=None, eps=None):
+    return functional.rms_norm(input, normalized_shape, weight, eps, quantizer=mode.quantizer("norm"))
+
+
+@_handles(F.group_norm)
+def _group_norm(mode, input, num_groups, weight=None, bias=None, eps=1e-5):
+    return functional.group_norm(input, num_groups, weight, bias, eps, quantizer=mode.quantizer("norm"))
+
+
+@_handles(F.batch_norm)
+def _batch_norm(
+    mode, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
+):
+    return functional.batch_norm(
+        input, running_mean, running_var, weight, bias, training, momentum, eps, quantizer=mode.quantizer("norm")
+    )
+
+
+@_handles(F.softmax)
+def _softmax(mode, input, dim=None, _stacklevel=3, dtype=None):
+    return NotImplemented if dim is None else _torch_softmax(mode, input, dim, dtype)
+
+
+@_handles(torch.softmax, Tensor.softmax)
+def _torch_softmax(mode, input, dim, dtype=None):
+    input = input if dtype is None else input.to(dtype)
+    return functional.softmax(input, dim, quantizer=mode.quantizer("softmax"))
+
+
+@_handles(F.scaled_dot_product_attention)
+def _attention(mode, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    if enable_gqa and key.shape[-3] != query.shape[-3]:
+        repeats = query.shape[-3] // key.shape[-3]
+        key, value = (t.repeat_interleave(repeats, dim=-3) for t in (key, value))
+    return functional.scaled_dot_product_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, quantizer=mode.quantizer("attention")
+    )
+
+
+@_handles(F.max_pool2d)
+def _max_pool2d(mode, input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
+    if return_indices:
+        return NotImplemented
+    return functional.max_pool2d(
+        input, kernel_size, stride, padding, dilation, ceil_mode, quantizer=mode.quantizer("activation")
+    )
+
+
+@_handles(F.dropout)
+def _dropout(mode, input, p=0.5, training=True, inplace=False):
+    return NotImplemented if inplace else functional.dropout(input, p, training)
+
+
+@_handles(F.linear)
+def _linear(mode, input, weight, bias=None):
+    if not (mode.config.compress_linear_inputs and weight.requires_grad):
+        return NotImplemented
+    return functional.linear(input, weight, bias, quantizer=mode.quantizer("linear"))
+
+
+@_handles(F.conv2d)
+def _conv2d(mode, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    if not (mode.config.compress_linear_inputs and weight.requires_grad):
+        return NotImplemented
+    return functional.conv2d(
+        input, weight, bias, stride, padding, dilation, groups, quantizer=mode.quantizer("linear")
+    )
+
+
+@_handles(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm)
+def _matmul(mode, input, other):
+    if not (products.is_activation(input) and products.is_activation(other)) or min(input.dim(), other.dim()) < 2:
+        return NotImplemented
+    return products.matmul(input, other, quantizer=mode.quantizer("attention"))
+
+
+@_handles(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
+def _mul(mode, input, other):
+    both = all(isinstance(t, Tensor) and t.requires_grad for t in (input, other))
+    if not both or not (products.is_activation(input) or products.is_activation(other)):
+        return NotImplemented
+    return products.multiply(input, other, quantizer=mode.quantizer("gated_activation"))
+
+
+@_handles(F.normalize)
+def _normalize(mode, input, p=2.0, dim=1, eps=1e-12, out=None):
+    if p != 2 or dim not in (-1, input.dim() - 1) or out is not None:
+        return NotImplemented
+    return products.normalize(input, eps, quantizer=mode.quantizer("norm"))
+
+
+def intercepted() -> list[str]:
+    """Names of the stock functions that are replaced."""
+    return sorted({inspect.unwrap(func).__name__ for func in _HANDLERS})

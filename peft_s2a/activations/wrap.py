@@ -1,0 +1,245 @@
+"""`quantize_activations` and `restore_activations`: making the modules of a model train with quantised activations.
+
+A module is changed by giving it a subclass of its own class whose forward runs the stock forward under an
+`interception.OperatorMode` (`torch.nn.utils.parametrize` changes modules the same way). Parameters, hooks, ``state_dict`` keys
+and ``isinstance`` checks stay as they are; going back is giving the module its class again. Blocks and MLPs moreover run in tiles
+(`tiling`).
+"""
+
+import functools
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
+
+from . import tiling
+from .config import ActivationQuantizationConfig
+from .interception import OperatorMode
+
+
+# Modules whose own forward pass only hands tensors to other modules, or holds none of the operators. (Trained Linear and Conv
+# layers do when their inputs are compressed.)
+_LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_LISTS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+_LEFT_ALONE = (*_LISTS, nn.Sequential, nn.Identity, nn.Embedding, PreTrainedModel, BaseTuner, BaseTunerLayer)
+
+# Bytes of a tile's input: enough work for one launch of its operators, few enough to keep the working set small.
+_TILE_BYTES = {"cpu": 2**20}
+_DEFAULT_TILE_BYTES = 2**24
+
+
+@dataclass
+class _Settings:
+    """How one module runs while its activations are quantised."""
+
+    operators: OperatorMode
+    tile_dim: int | None  # 0: in tiles of samples, 1: of tokens, None: whole
+    certificates: dict[Any, tiling.Certificate] = field(default_factory=dict)
+
+    @property
+    def config(self) -> ActivationQuantizationConfig:
+        return self.operators.config
+
+
+class _Quantized:
+    """Mixed into the class of every quantised module, before its stock class."""
+
+    _activation_settings: _Settings
+
+    def __reduce_ex__(self, protocol):
+        _, _, *state = super().__reduce_ex__(protocol)
+        return _new_quantized, (_stock_class(self),), *state
+
+
+def _new_quantized(stock: type[nn.Module]) -> nn.Module:
+    cls = _quantized_class(stock)
+    return cls.__new__(cls)
+
+
+def _stock_class(module: nn.Module) -> type[nn.Module]:
+    """The class a module has when its activations are not quantised."""
+    return type(module).__mro__[2] if isinstance(module, _Quantized) else type(module)
+
+
+@functools.cache
+def _quantized_class(stock: type[nn.Module]) -> type[nn.Module]:
+    @functools.wraps(stock.forward)
+    def forward(self, *args, **kwargs):
+        settings = self._activation_settings
+        if not torch.is_grad_enabled():
+            return stock.forward(self, *args, **kwargs)
+
+        def whole(*args, **kwargs):
+            with settings.operators:
+                return stock.forward(self, *args, **kwargs)
+
+        if settings.tile_dim is None or torch.compiler.is_compiling():
+            return whole(*args, **kwargs)
+        return _in_tiles(self, settings, whole, args, kwargs)
+
+    names = {name: getattr(stock, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(stock.__name__, (_Quantized, stock), {"forward": forward, **names})
+
+
+def quantize_activations(
+    model: nn.Module, config: ActivationQuantizationConfig | Mapping[str, Any] | None = None
+) -> nn.Module:
+    """Make ``model`` train with quantised activations, in place, and return it.
+
+    Its outputs are those of the stock model: equal bit for bit on the reference backend, within rounding of the dtype on the
+    others. What is kept for backward are codes, whenever autograd records and whatever is trained. Calling it again applies the
+    new configuration, also to modules added since; `restore_activations` undoes it.
+
+    Args:
+        model: any module: a model, one that a tuner has been added to, or a single layer.
+        config: an `ActivationQuantizationConfig`, a dict of its arguments, or None for the defaults.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
+    if config is None:
+        config = ActivationQuantizationConfig()
+    elif isinstance(config, Mapping):
+        config = ActivationQuantizationConfig.from_dict(config)
+    elif not isinstance(config, ActivationQuantizationConfig):
+        raise ValueError(
+            "`config` must be an ActivationQuantizationConfig, a dict of its arguments or None, got "
+            f"{type(config).__name__}."
+        )
+    blocks = set(_repeated_blocks(model))
+    for name, module in model.named_modules():
+        if config.skips(name) or not _has_operators(module, config):
+            _restore(module)
+            continue
+        tile_dim = 0 if module in blocks else 1 if _is_mlp(module) else None
+        module.__class__ = _quantized_class(_stock_class(module))
+        module._activation_settings = _Settings(OperatorMode(config, name), tile_dim)
+    return model
+
+
+def restore_activations(model: nn.Module) -> nn.Module:
+    """Undo `quantize_activations`, in place: every module gets its stock class again. Returns ``model``."""
+    for module in model.modules():
+        _restore(module)
+    return model
+
+
+def _restore(module: nn.Module) -> None:
+    if isinstance(module, _Quantized):
+        module.__class__ = _stock_class(module)
+        del module._activation_settings
+
+
+def _has_operators(module: nn.Module, config: ActivationQuantizationConfig) -> bool:
+    if isinstance(module, _LINEAR):
+        return config.compress_linear_inputs
+    return not isinstance(module, (*_LEFT_ALONE, AuxiliaryTrainingWrapper)) and hasattr(type(module), "forward")
+
+
+def _repeated_blocks(model: nn.Module) -> list[nn.Module]:
+    """The outermost modules that are repeated: members of lists and sequences whose class occurs there more than once.
+
+    These are the blocks or stages of a backbone, which take a batch of samples and return one.
+    """
+    lists = [module for module in model.modules() if isinstance(module, (nn.ModuleList, nn.Sequential))]
+    times = Counter(_stock_class(child) for parent in lists for child in parent.children())
+    blocks, pending = [], [model]
+    while pending:
+        module = pending.pop()
+        for child in module.children():
+            repeated = isinstance(module, (nn.ModuleList, nn.Sequential)) and times[_stock_class(child)] > 1
+            if repeated and not isinstance(child, _LEFT_ALONE) and next(child.children(), None) is not None:
+                blocks.append(child)
+            else:
+                pending.append(child)
+    return blocks
+
+
+def _is_mlp(module: nn.Module) -> bool:
+    """Whether a module consists of two or more linear layers and of parameter-free leaves such as activation functions.
+
+    That its forward pass treats tokens one by one is then likely, and found out by `tiling.certify`.
+    """
+    children = [child.get_base_layer() if isinstance(child, BaseTunerLayer) else child for child in module.children()]
+    linear = [child for child in children if isinstance(child, nn.Linear)]
+    others = [child for child in children if not isinstance(child, nn.Linear)]
+    plain = all(next(child.parameters(), None) is None and next(child.children(), None) is None for child in others)
+    return len(linear) > 1 and len(others) > 0 and plain
+
+
+def _in_tiles(module: nn.Module, settings: _Settings, whole, args: tuple, kwargs: dict) -> Any:
+    """Run ``whole(*args, **kwargs)``, the forward pass of ``module``, in tiles if that is possible and pays."""
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    size = _tile_size(module, settings, parameters, tree_leaves((args, kwargs)))
+    if size is None:
+        return whole(*args, **kwargs)
+    key = (module.training, len(parameters))
+    certificate = settings.certificates.get(key)
+    if certificate is None:
+        certificate = tiling.certify(module, whole, args, kwargs, settings.tile_dim)
+        if not certificate.tentative:
+            settings.certificates[key] = certificate
+    if certificate.reason is not None:
+        return whole(*args, **kwargs)
+    return tiling.run_tiled(whole, args, kwargs, parameters, size, settings.tile_dim, certificate.draws)
+
+
+def _tile_size(
+    module: nn.Module, settings: _Settings, parameters: list[nn.Parameter], leaves: list[Any]
+) -> int | None:
+    """Rows of a tile, or None if the module has to run, or better runs, whole."""
+    dim, tiles = settings.tile_dim, settings.config.mlp_tiles
+    if not leaves or not isinstance(leaves[0], Tensor) or leaves[0].dim() < dim + 2 or leaves[0].numel() == 0:
+        return None
+    x, *others = leaves
+    count = x.shape[dim]
+    if settings.config.backend == "reference":  # bit for bit the stock forward, which matrix products of tiles are not
+        return None
+    if not (x.requires_grad or parameters):
+        return None
+    if sum(parameter.nbytes for parameter in parameters) > x.nbytes:  # their gradients are added up tile after tile
+        return None
+    if tiles == "auto":
+        size = -(-_TILE_BYTES.get(x.device.type, _DEFAULT_TILE_BYTES) * count // x.nbytes)
+    else:
+        size = count if tiling.inside_tile() else -(-count // tiles)
+    if size >= count:
+        return None
+    if any(isinstance(t, Tensor) and t.dim() > dim and t.shape[dim] == count for t in others):  # would need tiling too
+        return None
+    if any(parameter._backward_hooks for parameter in parameters) or _is_observed(module):  # would fire for every tile
+        return None
+    return size
+
+
+def _is_observed(module: nn.Module) -> bool:
+    """Whether hooks of others look at what happens inside the module."""
+    for inner in module.modules():
+        if inner is module:
+            continue
+        for hooks in (
+            inner._forward_hooks,
+            inner._forward_pre_hooks,
+            inner._backward_hooks,
+            inner._backward_pre_hooks,
+        ):
+            for hook in hooks.values():
+                if not _is_harmless(hook):
+                    return True
+    return False
+
+
+def _is_harmless(hook: Any) -> bool:
+    hook = hook.func if isinstance(hook, functools.partial) else hook
+    origin = getattr(hook, "__module__", None) or ""
+    if origin == "transformers.utils.output_capturing":  # installed once, records only while outputs are asked for
+        from transformers.utils.output_capturing import _active_collector
+
+        return _active_collector.get() is None
+    return origin.split(".")[0] == "peft_s2a"
