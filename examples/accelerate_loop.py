@@ -2,7 +2,9 @@
 
     python examples/accelerate_loop.py --train_dir photos/train --method s2a --output_dir outputs/photos
     accelerate launch --num_processes 2 examples/accelerate_loop.py --train_dir photos/train --method s2a
+    accelerate launch --multi_gpu --num_processes 2 examples/accelerate_loop.py --cpu --train_dir photos/train
 
+The last line runs two processes on the CPU, over gloo: `--multi_gpu` is what makes `accelerate launch` start torch's launcher.
 `--batch_size` counts the images of all processes together, and which images make a batch depends on `--seed` alone, so
 one process and several compute the same steps (up to rounding, and to augmentation, which each process draws for itself).
 """
@@ -64,7 +66,9 @@ def fine_tune(
     for epoch in range(args.num_train_epochs):
         model.train()
         total = torch.zeros((), device=accelerator.device)
-        for batch in tqdm(batches, desc=f"epoch {epoch + 1}", disable=not accelerator.is_local_main_process):
+        for batch in tqdm(
+            batches, desc=f"epoch {epoch + 1}", leave=False, disable=not accelerator.is_local_main_process
+        ):
             with accelerator.accumulate(model):
                 loss = model(**batch).loss
                 accelerator.backward(loss)
@@ -123,7 +127,10 @@ def main() -> None:
         )
     )
 
-    accelerator.print(f"{METHODS[method_args.method].title}: {trainable_parameters(model):,} trainable parameters")
+    accelerator.print(
+        f"{METHODS[method_args.method].title}: {trainable_parameters(model):,} trainable parameters, "
+        f"{accelerator.num_processes} processes on {accelerator.device.type}"
+    )
     start = time.perf_counter()
     for epoch, loss in fine_tune(accelerator, model, train_batches, args):
         accuracy = evaluate(accelerator, model, eval_batches)

@@ -12,6 +12,7 @@ was cut off goes on with `--resume_from_checkpoint last`. On several GPUs: `acce
 import time
 from dataclasses import dataclass, field
 
+import torch
 from finetuning import (
     METHODS,
     DataArguments,
@@ -29,7 +30,7 @@ from rich.table import Table
 from transformers import HfArgumentParser, Trainer, TrainingArguments, default_data_collator, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from peft_s2a import profile_memory
+from peft_s2a.memory.profile import profile_memory
 
 
 @dataclass
@@ -45,6 +46,7 @@ class FineTuningArguments(TrainingArguments):
     save_strategy: str = "epoch"
     save_total_limit: int | None = 2
     logging_steps: float = 10
+    dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available)
     report_to: str = "none"
 
 
@@ -94,7 +96,8 @@ def main() -> None:
         )
 
     if trainer.is_world_process_zero():
-        batch = next(iter(trainer.get_train_dataloader()))
+        size = min(args.per_device_train_batch_size, len(trainer.train_dataset))
+        batch = default_data_collator([trainer.train_dataset[index] for index in range(size)])
         memory = profile_memory(model, batch)
         table = Table(
             title=f"{METHODS[method_args.method].title} on {model_args.model_name_or_path}", show_header=False

@@ -36,7 +36,7 @@ def _beside(load: Callable[[str], Any], adapter: str, base_model: str) -> Any:
     """`load(adapter)` where the adapter's folder has what is loaded, `load(base_model)` otherwise."""
     try:
         return load(adapter)
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a folder without config.json
         return load(base_model)
 
 

@@ -1,0 +1,27 @@
+"""The demo at a reduced setting: its table, and the adapter that a new process loads."""
+
+import re
+
+from example_scripts import EXAMPLES, run_script
+from safetensors.torch import load_file
+
+
+def test_compares_methods_and_reloads_the_adapter(tmp_path):
+    printed = run_script(
+        *(EXAMPLES / "demo.py", "--output_dir", tmp_path, "--seeds", "0", "--num_train_epochs", "2"),
+        *("--methods", "linear", "s2a", "--num_train", "300", "--num_classified", "20"),
+    )
+    rows = {match[1]: float(match[2]) for match in re.finditer(r"│ (linear probe|S2A) +│ +([\d.]+)", printed)}
+    assert rows.keys() == {"linear probe", "S2A"}
+    assert min(rows.values()) > 20  # per cent, of ten classes
+    assert "every one as the trained model did" in " ".join(printed.split())
+    assert load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+
+
+def test_the_search_tries_five_rates_for_each_method(tmp_path):
+    printed = run_script(
+        *(EXAMPLES / "demo.py", "--search", "--seeds", "0", "--num_train_epochs", "1", "--methods", "linear"),
+        *("--num_train", "100", "--output_dir", tmp_path),
+    )
+    rates = re.findall(r"lr ([\d.e-]+)\)", printed)
+    assert len(set(map(float, rates))) == 5
