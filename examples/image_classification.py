@@ -65,6 +65,7 @@ def main() -> None:
 
     images = load_images(data_args, seed=args.seed)
     model, image_processor = load_backbone(model_args, images["train"].features["label"].names)
+    model.add_model_tags(["image-classification", method_args.method])  # of the model card
     model = prepare_model(model, method_args)
     metric = load_accuracy()
     trainer = Trainer(
@@ -85,20 +86,18 @@ def main() -> None:
     metrics = trained.metrics | trainer.evaluate()
     trainer.save_metrics("all", metrics)
     trainer.save_state()
-    trainer.save_model()
     if trainer.is_world_process_zero():
         model.config.save_pretrained(args.output_dir)  # the labels, for examples/inference.py
     if args.push_to_hub:
-        trainer.push_to_hub(
-            tasks="image-classification",
-            tags=["vision", "image-classification", "peft-s2a"],
-            dataset=data_args.dataset_name or "local images",
-        )
+        trainer.push_to_hub(tasks="image-classification", dataset=data_args.dataset_name or "local images")
+    else:
+        trainer.save_model()
 
     if trainer.is_world_process_zero():
         size = min(args.per_device_train_batch_size, len(trainer.train_dataset))
         batch = default_data_collator([trainer.train_dataset[index] for index in range(size)])
-        memory = profile_memory(model, batch)
+        autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        memory = profile_memory(model, batch, autocast=autocast)
         table = Table(
             title=f"{METHODS[method_args.method].title} on {model_args.model_name_or_path}", show_header=False
         )

@@ -2,9 +2,13 @@
 
 import json
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
+import image_classification
 import pytest
 from example_scripts import CLASSES, EXAMPLES, run_script
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
@@ -69,3 +73,28 @@ def test_a_linear_probe_is_saved_as_a_complete_model(checkpoint, image_folders, 
     assert [saved.config.id2label[index] for index in range(3)] == list(CLASSES)
     for name, parameter in base.vit.named_parameters():
         assert (saved.vit.get_parameter(name) == parameter).all(), name
+
+
+def test_pushes_adapter_labels_processor_and_card_to_the_hub(checkpoint, image_folders, tmp_path, monkeypatch):
+    uploads = []
+
+    class Hub:
+        def create_repo(self, name, **options):
+            return SimpleNamespace(repo_id=f"me/{name}")
+
+        def upload_folder(self, repo_id, folder_path, **options):
+            uploads.append((repo_id, {file.name for file in Path(folder_path).iterdir()}))
+            return SimpleNamespace(is_done=lambda: True, result=lambda: None)
+
+    monkeypatch.setattr("transformers.trainer.hf_api", Hub)
+    command = (
+        *("image_classification.py", "--model_name_or_path", checkpoint, "--output_dir", tmp_path / "photos"),
+        *("--train_dir", image_folders / "train", "--method", "s2a_bias", "--max_steps", "2", "--use_cpu"),
+        *("--push_to_hub", "--hub_strategy", "end"),
+    )
+    monkeypatch.setattr("sys.argv", list(map(str, command)))
+    image_classification.main()
+    ((repo_id, files),) = uploads
+    assert repo_id == "me/photos"
+    assert files >= {"adapter_model.safetensors", "adapter_config.json", "config.json", "preprocessor_config.json"}
+    assert {"image-classification", "s2a_bias"} <= set(ModelCard.load(tmp_path / "photos" / "README.md").data.tags)
