@@ -4,8 +4,9 @@ Modules, functions and methods end in the same few operators, so catching those 
 other libraries and attention written inline alike, without a patch per model.
 """
 
-import inspect
+import functools
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -159,7 +160,7 @@ def _max_pool2d(mode, input, kernel_size, stride=None, padding=0, dilation=1, ce
 
 @_handles(F.dropout)
 def _dropout(mode, input, p=0.5, training=True, inplace=False):
-    return NotImplemented if inplace else functional.dropout(input, p, training)
+    return NotImplemented if inplace or p == 0 or not training else functional.dropout(input, p, training)
 
 
 @_handles(F.linear)
@@ -200,6 +201,20 @@ def _normalize(mode, input, p=2.0, dim=1, eps=1e-12, out=None):
     return products.normalize(input, eps, quantizer=mode.quantizer("norm"))
 
 
-def intercepted() -> list[str]:
-    """Names of the stock functions that are replaced."""
-    return sorted({inspect.unwrap(func).__name__ for func in _HANDLERS})
+def _open(function: FunctionType) -> FunctionType:
+    """A copy of a composite function of `torch.nn.functional` that does not offer itself to function modes, so that the
+    operators it consists of are."""
+    body = {**function.__globals__, "has_torch_function": lambda tensors: False}
+    copy = FunctionType(function.__code__, body, function.__name__, function.__defaults__, function.__closure__)
+    return functools.update_wrapper(copy, function)
+
+
+_multi_head_attention_forward = _open(F.multi_head_attention_forward)
+
+
+@_handles(F.multi_head_attention_forward)
+def _multi_head_attention(mode, *args, **kwargs):
+    if torch.compiler.is_compiling():
+        return NotImplemented
+    with mode:
+        return _multi_head_attention_forward(*args, **kwargs)

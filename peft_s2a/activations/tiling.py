@@ -11,8 +11,8 @@ tiles. `Certificate` is the evidence that a module may be tiled.
 """
 
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +29,17 @@ _state = threading.local()
 
 
 def inside_tile() -> bool:
-    """Whether the calling thread is running a tile."""
+    """Whether the calling thread is running a tile, or a trial of `certify`."""
     return getattr(_state, "depth", 0) > 0
+
+
+@contextmanager
+def _tile() -> Iterator[None]:
+    _state.depth = getattr(_state, "depth", 0) + 1
+    try:
+        yield
+    finally:
+        _state.depth -= 1
 
 
 class _Entry(torch.autograd.Function):
@@ -123,33 +132,11 @@ class _Tiles(torch.autograd.Function):
         shared, ctx.parameters = tensors[:shared_count], tensors[shared_count:]
         ctx.call, ctx.graphs = call, []
         ctx.like = (x.shape, x.stride(), x.dtype, x.device) if x.requires_grad else None
-        handle = torch.empty(0, requires_grad=True)
         buffers: list[Tensor] = []
-        differentiable: list[bool] = []
-        _state.depth = getattr(_state, "depth", 0) + 1
-        try:
-            with call.draws or nullcontext():
-                for rows in call.tiles:
-                    if call.draws is not None:
-                        call.draws.select(rows)
-                    tile = x.narrow(call.dim, rows.start, rows.stop - rows.start)
-                    with torch.enable_grad():
-                        tile = _Entry.apply(tile, handle) if x.requires_grad else tile.detach()
-                        entered = [_Entry.apply(tensor.detach(), handle) for tensor in shared]
-                        leaves, call.output_spec = call.run(tile, entered)
-                    entries = [get_gradient_edge(t) for t in ([tile] if x.requires_grad else []) + entered]
-                    results = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-                    if call.outputs is None:
-                        call.outputs = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-                        buffers = [_whole(result, call.dim, rows, x.shape[call.dim]) for result in results]
-                        differentiable = [result.requires_grad for result in results]
-                    for buffer, result in zip(buffers, results, strict=True):
-                        ratio = buffer.shape[call.dim] // x.shape[call.dim]
-                        buffer.narrow(call.dim, ratio * rows.start, result.shape[call.dim]).copy_(result)
-                    exits = [get_gradient_edge(result) if result.requires_grad else None for result in results]
-                    ctx.graphs.append((rows, exits, entries))
-        finally:
-            _state.depth -= 1
+        with _tile(), call.draws or nullcontext():
+            for rows in call.tiles:
+                ctx.graphs.append((rows, *_run_tile(call, x, rows, shared, buffers)))
+        differentiable = [edge is not None for edge in ctx.graphs[0][1]]
         ctx.mark_non_differentiable(*(b for b, needed in zip(buffers, differentiable) if not needed))
         return tuple(buffers)
 
@@ -190,6 +177,31 @@ class _Tiles(torch.autograd.Function):
                     sums[position] = _added(sums[position], gradient, owned=index > 1)
                 del exits, entries, gradients
         return None, d_x, None, *sums
+
+
+def _run_tile(
+    call: _Call, x: Tensor, rows: slice, shared: Sequence[Tensor], buffers: list[Tensor]
+) -> tuple[list[GradientEdge | None], list[GradientEdge]]:
+    """Run one tile, write its results to the buffers (which the first tile makes) and return the edges at which its graph ends
+    (None for results without gradient) and starts."""
+    if call.draws is not None:
+        call.draws.select(rows)
+    tile = x.narrow(call.dim, rows.start, rows.stop - rows.start).detach()
+    handle = torch.empty(0, requires_grad=True)
+    with torch.enable_grad():
+        if x.requires_grad:
+            tile = _Entry.apply(tile, handle)
+        entered = [_Entry.apply(tensor.detach(), handle) for tensor in shared]
+        leaves, call.output_spec = call.run(tile, entered)
+    results = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    if call.outputs is None:
+        call.outputs = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        buffers.extend(_whole(result, call.dim, rows, x.shape[call.dim]) for result in results)
+    for buffer, result in zip(buffers, results, strict=True):
+        ratio = buffer.shape[call.dim] // x.shape[call.dim]
+        buffer.narrow(call.dim, ratio * rows.start, result.shape[call.dim]).copy_(result.detach())
+    entries = [get_gradient_edge(t) for t in ([tile] if x.requires_grad else []) + entered]
+    return [get_gradient_edge(result) if result.requires_grad else None for result in results], entries
 
 
 def _tile_gradients(
@@ -294,7 +306,8 @@ def certify(
 
     Under `FakeTensorMode` there are no values to compare, only shapes, and the certificate is tentative.
     """
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):  # the trial is nobody else's business
+    # what the trial keeps is of no interest to the hooks of others
+    with _tile(), torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
         return _certify(module, function, args, kwargs, dim)
 
 
