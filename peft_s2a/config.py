@@ -115,15 +115,15 @@ class _S2ABaseConfig(PeftConfig):
         if self.structure_targets is None:
             return
         valid = isinstance(self.structure_targets, dict) and all(
-            structure in (*STRUCTURES, "ladder")
+            structure in (*STRUCTURES, "ladder", "statistics")
             and isinstance(names, (list, tuple))
             and all(isinstance(name, str) for name in names)
             for structure, names in self.structure_targets.items()
         )
         if not valid:
             raise ValueError(
-                "`structure_targets` must map 'bias', 'prompt', 'side' or 'ladder' to lists of module names, got "
-                f"{self.structure_targets!r}."
+                "`structure_targets` must map 'bias', 'prompt', 'side', 'ladder' or 'statistics' to lists of module names, "
+                f"got {self.structure_targets!r}."
             )
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,9 +1,12 @@
-"""Keeping the running statistics of batch normalisation as the base model has them."""
+"""Running statistics of batch normalisation: kept as the base model has them, or the adapter's own."""
 
 from __future__ import annotations
 
+import torch
+from peft.tuners._buffer_dict import BufferDict
 from torch import nn
 
+from peft_s2a.tuners.bias import BiasLayer
 from peft_s2a.tuners.layer import AttachedLayer
 
 
@@ -50,3 +53,66 @@ class FrozenStatistics(AttachedLayer):
 
     def _all_available_adapter_names(self) -> list[str]:
         return sorted(self.frozen_for)
+
+
+class BatchNormLayer(BiasLayer):
+    """A [`BiasLayer`] around a batch normalisation whose adapters may have running statistics of their own.
+
+    Statistics that follow the training images belong to the adapter: they are saved with it, and the base model's stay as
+    they are for other adapters, and for `disable_adapter`. With several active adapters the first one's are used.
+
+    Args:
+        base_layer: a batch normalisation with running statistics.
+    """
+
+    statistics = {
+        "running_mean": "s2a_running_mean",
+        "running_var": "s2a_running_var",
+        "num_batches_tracked": "s2a_num_batches_tracked",
+    }
+    other_param_names = tuple(statistics.values())
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        for name in self.other_param_names:
+            setattr(self, name, BufferDict({}, persistent=True))
+        self._replaced: dict[str, dict[str, torch.Tensor]] = {}
+        """Merged adapter -> what its statistics took the place of."""
+
+    def update_statistics(self, adapter_name: str) -> None:
+        """Gives an adapter its own statistics, which start as the base module's."""
+        for name, own_name in self.statistics.items():
+            getattr(self, own_name)[adapter_name] = getattr(self.get_base_layer(), name).clone()
+
+    def _get_available_adapters(self) -> set[str]:
+        return super()._get_available_adapters() | set(self.s2a_running_mean.keys())
+
+    def _own_statistics(self, adapter_name: str) -> dict[str, torch.Tensor]:
+        return {
+            name: getattr(self, own_name)[adapter_name]
+            for name, own_name in self.statistics.items()
+            if adapter_name in getattr(self, own_name)
+        }
+
+    def _adapted_parameters(self, adapters: list[str]) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+        parameters, offset = super()._adapted_parameters(adapters)
+        statistics = next(filter(None, map(self._own_statistics, adapters)), None)
+        if statistics is not None:
+            parameters.update(statistics)
+            for name, value in self.base_layer.named_parameters(recurse=False):
+                # Torch wants weights and statistics of one dtype; PEFT keeps an adapter's in float32.
+                parameters[name] = parameters.get(name, value).to(statistics["running_mean"].dtype)
+        return parameters, offset
+
+    def _merge_adapter(self, adapter_name: str, sign: int) -> dict[torch.Tensor, torch.Tensor]:
+        new_values = super()._merge_adapter(adapter_name, sign)
+        base_layer = self.get_base_layer()
+        statistics = self._own_statistics(adapter_name)
+        if sign > 0:
+            self._replaced[adapter_name] = {name: getattr(base_layer, name).clone() for name in statistics}
+        else:
+            statistics = self._replaced.pop(adapter_name)
+        for name, value in statistics.items():
+            base_statistic = getattr(base_layer, name)
+            new_values[base_statistic] = value.to(base_statistic.device, copy=True)
+        return new_values

@@ -23,15 +23,18 @@ class _LadderBase(AttachedLayer):
 
 
 class LadderRung(_LadderBase):
-    r"""Advances the ladder's state beside one block: `h <- h + gelu(D x + A h + a)`, x being the block's input.
+    r"""One step of the ladder, beside one block: `h <- h + gelu(D x + A h + a)`, x being the block's input.
 
     Ladder side-tuning (Sung et al. 2022, arXiv:2206.06522, section 3) runs a small trained network that reads the
     backbone's intermediate features and sends nothing back, so the backbone needs no backward pass. There each rung is a
     narrow copy of a transformer block behind a learned projection; here, our choice, it is one recurrent layer of width r
     behind a frozen projection D, so that of the backbone nothing at all is kept. A starts at zero.
 
-    The state is [batch, tokens, r] or [batch, r, height, width]. Where the backbone reduces its resolution the state is
-    averaged over windows; tokens without a square layout are averaged to one state per image.
+    While the backbone runs, a rung only computes `D x`, for which nothing has to be trained; the ladder's top runs all
+    steps. So nothing that is trained runs inside a block, which may be checkpointed.
+
+    The state h is [batch, positions..., r]. Where the backbone reduces its resolution the state is averaged over windows;
+    tokens without a square layout are averaged to one state per image.
 
     Args:
         host: the block.
@@ -47,11 +50,9 @@ class LadderRung(_LadderBase):
         self.s2a_shift = nn.ParameterDict({})
         self.s2a_down = BufferDict({}, persistent=True)
         self.activation = nn.GELU()
-        self.states: dict[str, torch.Tensor] = {}
-        """Adapter -> state. One object shared by all rungs and the top of a model's ladder."""
 
     def _hook(self) -> None:
-        self._before(self._host[0], self._advance)
+        self._before(self._host[0], self._read)
 
     def update_layer(self, adapter_name: str, *, rank: int, init: str, init_weights: bool, is_first: bool) -> None:
         """Adds an adapter; the first rung of a ladder starts the state, the others mix it (A). See [`S2ASideConfig`]."""
@@ -67,21 +68,24 @@ class LadderRung(_LadderBase):
         if not init_weights:
             nn.init.normal_(self.s2a_mix[adapter_name], std=rank**-0.5)
 
-    def _advance(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _read(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         x = first_tensor(args, kwargs)
+        # A block that starts with a convolution reads [batch, channels, ...], any other [..., channels].
+        if not isinstance(projections(self._host[0])[0], nn.Linear):
+            x = x.movedim(1, -1)
         for name in self.adapters_in_use():
-            down = self.s2a_down[name].to(x.dtype)
-            # A block that starts with a convolution reads [batch, channels, ...], any other [..., channels].
-            channels_first = not isinstance(projections(self._host[0])[0], nn.Linear)
-            features = F.linear(x.movedim(1, -1) if channels_first else x, down)
-            features = features + self.s2a_shift[name].to(x.dtype)
-            if name not in self.s2a_mix:
-                self.states[name] = self.activation(features)
-                continue
-            # Every state is [batch, positions..., r].
-            state = resample(self.states[name].to(x.dtype), features.shape[1:-1])
-            mixed = F.linear(state, self.s2a_mix[name].to(x.dtype))
-            self.states[name] = state + self.activation(features + mixed)
+            self._in_flight[name] = F.linear(x, self.s2a_down[name].to(x.dtype))
+
+    def step(self, adapter_name: str, state: torch.Tensor | None) -> torch.Tensor | None:
+        """The state behind this rung. `state` is the one before it, None at the first rung."""
+        if adapter_name not in self.s2a_down:
+            return state
+        features = self._in_flight.pop(adapter_name)
+        features = features + self.s2a_shift[adapter_name].to(features.dtype)
+        if state is None:
+            return self.activation(features)
+        state = resample(state.to(features.dtype), features.shape[1:-1])
+        return state + self.activation(features + F.linear(state, self.s2a_mix[adapter_name].to(features.dtype)))
 
 
 class LadderTop(_LadderBase):
@@ -103,10 +107,12 @@ class LadderTop(_LadderBase):
         self.width = width
         self.s2a_up = nn.ParameterDict({})
         self.scaling: dict[str, float] = {}
-        self.states: dict[str, torch.Tensor] = {}
+        self._rungs: list[LadderRung] = []
 
-    def join(self, heads: list[nn.Module]) -> None:
-        """Sets where the state joins the features: the inputs of `heads`, or the host's output if there are none."""
+    def join(self, rungs: list[LadderRung], heads: list[nn.Module]) -> None:
+        """Sets the rungs below, in order, and where the state joins the features: at the inputs of `heads`, or at the
+        host's output if there are none."""
+        self._rungs = rungs
         self._unhook()
         for head in heads:
             self._before(head, self._join_input)
@@ -131,23 +137,40 @@ class LadderTop(_LadderBase):
             return None
         joined = with_first_tensor(args, kwargs, self._join(first_tensor(args, kwargs)))
         if module is self._hooked[-1]:
-            self.states.clear()  # or the graph would live until the next forward pass
+            self._in_flight.clear()
         return joined
 
     def _join_output(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        if not any(self.adapters_in_use()):
+            return output
+        if module.training and getattr(module, "gradient_checkpointing", False):
+            raise RuntimeError(
+                "Beside a backbone without a task head a ladder joins the output of the last block, which gradient "
+                "checkpointing would run twice. It has nothing to save here, since the backbone keeps nothing for backward: "
+                "call `gradient_checkpointing_disable()`."
+            )
         joined = with_tensor(output, self._join(as_tensor(output)))
-        self.states.clear()
+        self._in_flight.clear()
         return joined
 
     def _join(self, features: torch.Tensor) -> torch.Tensor:
         for name in self.adapters_in_use():
-            pooled = self.states[name].flatten(1, -2).mean(1)
-            update = F.linear(pooled.to(features.dtype), self.s2a_up[name].to(features.dtype)) * self.scaling[name]
+            update = self._update(name).to(features.dtype)
             positions = [1] * (features.dim() - 2)
             channels_first = features.dim() == 4 and features.shape[1] == self.width
             shape = (self.width, *positions) if channels_first else (*positions, self.width)
             features = features + update.reshape(-1, *shape)
         return features
+
+    def _update(self, adapter_name: str) -> torch.Tensor:
+        """What is added to the features, [batch, width]. Several heads share it."""
+        if any(adapter_name in rung._in_flight for rung in self._rungs):
+            state = None
+            for rung in self._rungs:
+                state = rung.step(adapter_name, state)
+            up = self.s2a_up[adapter_name].to(state.dtype) * self.scaling[adapter_name]
+            self._in_flight[adapter_name] = F.linear(state.flatten(1, -2).mean(1), up)
+        return self._in_flight[adapter_name]
 
 
 def resample(state: torch.Tensor, positions: torch.Size) -> torch.Tensor:

@@ -48,6 +48,11 @@ class S2ALayer(nn.Module, BaseTunerLayer):
         floating = [tensor for tensor in tensors if tensor.is_floating_point()]
         return floating[0] if floating else torch.empty(0)
 
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
+        # PEFT moves loaded weights there; its own version knows only modules that hold a weight themselves.
+        like = self.reference_tensor()
+        return like.device, like.dtype
+
     def not_mergeable(self, adapter_name: str) -> str | None:
         """Why `adapter_name` cannot be merged into the base module, with what to do instead; None if it can."""
         return None
@@ -107,6 +112,12 @@ class AttachedLayer(S2ALayer):
         # In lists, or the host would become a child of its own child.
         self._host = [host]
         self._hooked: list[nn.Module] = []
+        self._in_flight: dict[str, torch.Tensor] = {}
+        """What one hook leaves for another during a forward pass."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tensors in flight belong to a forward pass (an interrupted or recomputed one leaves some), not to a copy.
+        return {**self.__dict__, "_in_flight": {}}
 
     @classmethod
     def on(cls, host: nn.Module) -> AttachedLayer | None:
@@ -180,10 +191,22 @@ def with_first_tensor(args: tuple, kwargs: dict[str, Any], tensor: torch.Tensor)
 
 
 def as_tensor(output: Any) -> torch.Tensor:
-    """The tensor that a module returned, alone or as the first of a tuple."""
-    return output if isinstance(output, torch.Tensor) else output[0]
+    """The tensor that a module returned, alone or as the first of a tuple or list.
+
+    Raises:
+        ValueError: if it returned something else, as whole models do.
+    """
+    tensor = output[0] if isinstance(output, (tuple, list)) and output else output
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(
+            f"An S2A layer sits on a module that returns a {type(output).__name__} and no tensor or tuple that starts with "
+            "one. Leave that module out with `exclude_modules`."
+        )
+    return tensor
 
 
 def with_tensor(output: Any, tensor: torch.Tensor) -> Any:
     """`output` with its tensor (see `as_tensor`) replaced."""
-    return tensor if isinstance(output, torch.Tensor) else (tensor, *output[1:])
+    if isinstance(output, torch.Tensor):
+        return tensor
+    return [tensor, *output[1:]] if isinstance(output, list) else (tensor, *output[1:])

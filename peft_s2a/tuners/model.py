@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import re
+import copy
 from typing import Any
 
 import torch
+from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from torch import nn
 
 from peft_s2a.config import _S2ABaseConfig
 from peft_s2a.registration import PREFIX
-from peft_s2a.tuners.batch_norm import FrozenStatistics
+from peft_s2a.tuners.batch_norm import BatchNormLayer, FrozenStatistics
 from peft_s2a.tuners.bias import BATCH_NORMS, BiasLayer
 from peft_s2a.tuners.ladder import LadderRung, LadderTop
 from peft_s2a.tuners.layer import AttachedLayer, S2ALayer
@@ -19,15 +20,13 @@ from peft_s2a.tuners.prompt import InputPromptLayer, PromptLayer
 from peft_s2a.tuners.side import SideLayer, input_width, output_width, projections
 from peft_s2a.tuners.targets import (
     find_attention,
+    find_statistics,
     find_task_heads,
     is_excluded,
+    recorded_in,
     resolve_targets,
     side_entry,
-    visible_modules,
 )
-
-
-ATTRIBUTES = "|".join(layer.attribute for layer in (SideLayer, PromptLayer, LadderRung, LadderTop))
 
 
 class S2AModel(BaseTuner):
@@ -70,15 +69,32 @@ class S2AModel(BaseTuner):
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, state_dict: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        if state_dict is not None:  # PEFT reads the targets off the keys, which may go through a layer on the target
-            state_dict = {re.sub(rf"\.({ATTRIBUTES})(?=\.{PREFIX})", "", key): None for key in state_dict}
+        if "." in adapter_name or any(hasattr(kind({}), adapter_name) for kind in (nn.ParameterDict, BufferDict)):
+            self._discard_adapter(adapter_name)
+            raise ValueError(
+                f"An adapter cannot be called {adapter_name!r}: its weights are held under this name by torch modules, which "
+                "allow no dots and none of their own attributes. Choose another name."
+            )
+        # What is decided for this model goes into a copy, so that the user's configuration serves other models too.
+        config = self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
+        if (
+            state_dict is not None
+        ):  # PEFT wants the targets from its keys; it reads them off the part before our prefix
+            statistics = find_statistics(model, config)
+            config.structure_targets = {
+                **recorded_in(state_dict),
+                **({"statistics": statistics} if statistics else {}),
+            }
+            names = {name for targets in config.structure_targets.values() for name in targets}
+            state_dict = dict.fromkeys(f"{name}.{PREFIX}" for name in names)
+        requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
         try:
             super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
-            config = self.peft_config[adapter_name]
             self._join_ladder(config)
-            self._freeze_statistics(config, adapter_name)
         except Exception:
             self._discard_adapter(adapter_name)
+            for parameter, required_grad in requires_grad.items():
+                parameter.requires_grad = required_grad
             raise
 
     def _create_and_replace(
@@ -100,12 +116,14 @@ class S2AModel(BaseTuner):
             self._add_side(peft_config, adapter_name, parent, target_name)
         if current_key in targets.get("ladder", ()):
             self._add_rung(peft_config, adapter_name, target, current_key)
+        if current_key in targets.get("statistics", ()):
+            self._add_statistics(peft_config, adapter_name, parent, target_name)
 
     def _wrapped(self, parent: nn.Module, target_name: str) -> BiasLayer:
         """The wrapper around a leaf, put there if need be."""
         target = getattr(parent, target_name)
         if not isinstance(target, BiasLayer):
-            wrapper = BiasLayer(target)
+            wrapper = BatchNormLayer(target) if isinstance(target, BATCH_NORMS) else BiasLayer(target)
             wrapper.training = target.training
             self._replace_module(parent, target_name, wrapper, target)
             target = wrapper
@@ -165,26 +183,24 @@ class S2AModel(BaseTuner):
                 adapter_name, rank=config.side_rank, alpha=config.side_alpha, init_weights=config.init_weights
             )
 
+    def _add_statistics(self, config: _S2ABaseConfig, adapter_name: str, parent: nn.Module, target_name: str) -> None:
+        if config.freeze_batch_norm_stats:
+            target = getattr(parent, target_name)
+            host = target.get_base_layer() if isinstance(target, BiasLayer) else target
+            layer = FrozenStatistics.on(host) or FrozenStatistics(host).attach()
+            layer.update_layer(adapter_name)
+        else:
+            self._wrapped(parent, target_name).update_statistics(adapter_name)
+
     def _join_ladder(self, config: _S2ABaseConfig) -> None:
         """Connects rungs and top. The heads may just have been wrapped, so this comes after all else."""
         if "ladder" not in config.structure_targets:
             return
         heads = [self.model.get_submodule(name) for name in find_task_heads(self.model)]
-        states: dict[str, torch.Tensor] = {}
+        rungs = [layer for layer in self._layers() if isinstance(layer, LadderRung)]
         for layer in self._layers():
-            if isinstance(layer, (LadderRung, LadderTop)):
-                layer.states = states
             if isinstance(layer, LadderTop):
-                layer.join(heads)
-
-    def _freeze_statistics(self, config: _S2ABaseConfig, adapter_name: str) -> None:
-        if not config.freeze_batch_norm_stats:
-            return
-        for _, module in visible_modules(self.model):
-            if isinstance(module, BATCH_NORMS) and module.track_running_stats:
-                layer = FrozenStatistics.on(module) or FrozenStatistics(module).attach()
-                layer.update_layer(adapter_name)
-                layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+                layer.join(rungs, heads)
 
     # Removal.
 
@@ -198,13 +214,20 @@ class S2AModel(BaseTuner):
                 layer.detach_from_host()
 
     def _discard_adapter(self, adapter_name: str) -> None:
-        """Removes what an injection that failed has left; the wrappers too if no other adapter is there."""
+        """Removes all that an injection that failed has left, so that the model is as it was before."""
+        self.peft_config.pop(adapter_name, None)
         for layer in self._layers():
             if adapter_name in layer._all_available_adapter_names():
                 layer.delete_adapter(adapter_name)
-        if not any(layer._all_available_adapter_names() for layer in self._layers()):
-            self._detach_layers()
-            super()._unload_and_optionally_merge(merge=False)
+            if isinstance(layer, AttachedLayer) and not layer._all_available_adapter_names():
+                layer.detach_from_host()
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, BiasLayer) and not module._all_available_adapter_names():
+                if not any(isinstance(child, AttachedLayer) for child in module.children()):
+                    parent_name, _, own_name = name.rpartition(".")
+                    setattr(self.model.get_submodule(parent_name), own_name, module.get_base_layer())
+        if not self.peft_config and getattr(self.model, "_hf_peft_config_loaded", False):
+            self.model._hf_peft_config_loaded = False  # transformers sets it before it injects an adapter
 
     def _check_mergeable(self, adapter_names: list[str] | None) -> None:
         """Refuses, before any weight is changed, to merge what cannot be merged."""
@@ -237,19 +260,37 @@ class S2AModel(BaseTuner):
             layer.merged_adapters = []
         return super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
 
-    # Saving: running statistics that follow the training images belong to the adapter.
+    # Loading: broken weights are refused before anything is copied.
 
     @classmethod
-    def _get_adapter_state_dict(
-        cls, model: nn.Module, config: _S2ABaseConfig, adapter_name: str, state_dict: dict[str, Any], **kwargs: Any
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: _S2ABaseConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        to_return = super()._get_adapter_state_dict(
-            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict, **kwargs
+        broken = [key for key, tensor in state_dict.items() if not torch.isfinite(tensor).all()]
+        if broken:
+            raise ValueError(
+                f"The weights for adapter {adapter_name!r} hold NaN or infinity in {len(broken)} of {len(state_dict)} "
+                f"tensors ({_some(broken)}): the file is damaged, or training diverged. None of them was loaded."
+            )
+        return super()._remap_adapter_state_dict_for_load(
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
-        if not config.freeze_batch_norm_stats:
-            statistics = ("running_mean", "running_var", "num_batches_tracked")
-            for name, module in model.named_modules():
-                if isinstance(module, BATCH_NORMS):
-                    keys = (f"{name}.{statistic}" for statistic in statistics)
-                    to_return.update({key: state_dict[key] for key in keys if key in state_dict})
-        return to_return
+
+    def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
+        # Torch would report a wrong shape after it has copied all the other tensors.
+        own = self.state_dict(prefix=prefix)
+        wrong = [
+            f"{key} is {tuple(tensor.shape)} instead of {tuple(own[key].shape)}"
+            for key, tensor in state_dict.items()
+            if key in own and PREFIX in key and tensor.shape != own[key].shape
+        ]
+        if wrong:
+            raise RuntimeError(
+                f"size mismatch for {len(wrong)} tensors of the adapter ({_some(wrong)}): its configuration is not the one "
+                "that it was trained with. None of them was loaded."
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _some(items: list[str]) -> str:
+    return ", ".join(items[:3]) + (", ..." if len(items) > 3 else "")

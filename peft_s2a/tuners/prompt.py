@@ -48,7 +48,6 @@ class PromptLayer(_PromptBase):
         self._projections = [query, output]
         self.num_heads = num_heads
         self.width = width
-        self._query: torch.Tensor | None = None
         self.s2a_key = nn.ParameterDict({})
         self.s2a_value = nn.ParameterDict({})
         self.s2a_gate = nn.ParameterDict({})
@@ -76,7 +75,8 @@ class PromptLayer(_PromptBase):
             nn.init.normal_(self.s2a_gate[adapter_name])
 
     def _remember_query(self, module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
-        self._query = output[..., : self.width] if any(self.adapters_in_use()) else None
+        if any(self.adapters_in_use()):
+            self._in_flight["query"] = output[..., : self.width]
 
     def _add_attention(
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
@@ -84,7 +84,7 @@ class PromptLayer(_PromptBase):
         adapters = list(self.adapters_in_use())
         if not adapters:
             return None
-        query, self._query = self._query, None
+        query = self._in_flight.pop("query", None)
         attended = first_tensor(args, kwargs)
         if query is None or query.shape[:-1].numel() != attended.shape[:-1].numel():
             raise RuntimeError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -45,10 +46,11 @@ def can_serve(module: nn.Module) -> bool:
     """Whether a side branch can run beside `module`: a Linear, Conv1d, Conv2d, or a module that starts and ends with such.
 
     A module with several layers must have tensors of one layout at both ends: channels last (it starts with a Linear) or
-    channels first (it starts with a convolution).
+    channels first (it starts with a convolution). Lists of modules, which nobody calls, are none.
     """
     layers = projections(module)
-    return bool(layers) and not isinstance(layers[0], nn.Conv3d)
+    is_called = type(module).forward is not nn.Module.forward
+    return is_called and bool(layers) and not isinstance(layers[0], nn.Conv3d)
 
 
 def frozen_projection(layer: nn.Module, shape: tuple[int, ...], init: str) -> torch.Tensor:
@@ -99,7 +101,6 @@ class SideLayer(AttachedLayer):
     def __init__(self, host: nn.Module, entry: nn.Module | None = None) -> None:
         super().__init__(host)
         self._entry = [entry]
-        self._input: torch.Tensor | None = None
         self.s2a_up = nn.ParameterDict({})
         self.s2a_down = BufferDict({}, persistent=True)
         self.activation = nn.GELU()
@@ -143,14 +144,14 @@ class SideLayer(AttachedLayer):
         super().delete_adapter(adapter_name)
 
     def _remember_input(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self._input = first_tensor(args, kwargs) if any(self.adapters_in_use()) else None
+        if any(self.adapters_in_use()):
+            self._in_flight["input"] = first_tensor(args, kwargs)
 
     def _add_branch(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         adapters = list(self.adapters_in_use())
         if not adapters:
             return output
-        x = first_tensor(args, kwargs) if self._entry[0] is None else self._input
-        self._input = None
+        x = first_tensor(args, kwargs) if self._entry[0] is None else self._in_flight.pop("input")
         y = as_tensor(output)
         for name in adapters:
             y = self._branch(x, y, name)
@@ -165,9 +166,11 @@ class SideLayer(AttachedLayer):
         hidden = hidden.to(y.dtype)
         scaling = self.scaling[adapter_name]
         if self._channels_last:
-            # addmm adds the branch while it multiplies: the branch's output never exists beside y.
-            flat = torch.addmm(y.reshape(-1, y.shape[-1]), hidden.reshape(-1, hidden.shape[-1]), up.t(), alpha=scaling)
-            return flat.view(y.shape)
+            # addmm adds the branch while it multiplies: the branch's output never exists beside y. Autocast would round y.
+            device = y.device.type
+            with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+                rows, branch_rows = y.reshape(-1, y.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
+                return torch.addmm(rows, branch_rows, up.t(), alpha=scaling).view(y.shape)
         convolution = F.conv1d if y.dim() == 3 else F.conv2d
         kernel = (up * scaling).reshape(*up.shape, *[1] * (y.dim() - 2))
         return y + convolution(hidden, kernel)

@@ -7,22 +7,22 @@ nobody listed are covered by the same rules as the listed ones. `UNUSED_MODULES`
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from peft.tuners.tuners_utils import (
-    BaseTunerLayer,
-    _maybe_include_all_linear_layers,
-    check_target_module_exists,
-)
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from peft_s2a.config import S2AConfig, _S2ABaseConfig
+from peft_s2a.registration import PREFIX
 from peft_s2a.tuners import bias, side
 from peft_s2a.tuners.bias import BATCH_NORMS, CONVOLUTIONS, BiasLayer, is_normalisation
+from peft_s2a.tuners.ladder import LadderRung
 from peft_s2a.tuners.layer import AttachedLayer
+from peft_s2a.tuners.prompt import PromptLayer
 
 
 QUERY_NAMES = {"q_proj", "query", "q", "to_q", "wq"}
@@ -31,6 +31,11 @@ VALUE_NAMES = {"v_proj", "value", "v", "to_v", "wv"}
 FUSED_NAMES = {"qkv", "qkv_proj", "in_proj", "query_key_value", "to_qkv"}
 OUTPUT_NAMES = {"o_proj", "out_proj", "proj", "dense", "projection", "to_out", "wo", "out"}
 HEAD_COUNT_NAMES = ("num_attention_heads", "num_heads", "n_heads", "heads")
+STRUCTURE_OF_LAYER = {
+    PromptLayer.attribute: "prompt",
+    side.SideLayer.attribute: "side",
+    LadderRung.attribute: "ladder",
+}
 PLAIN_HEAD_NAMES = ("classifier", "head", "fc", "score")
 
 # Modules whose output does not reach the loss in the usual heads; training them would leave gradients empty.
@@ -80,8 +85,9 @@ def visible_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def find_task_heads(model: nn.Module) -> list[str]:
     """The names of the modules that turn a backbone's features into the task's output.
 
-    For transformers models these are all children with weights beside the base model, so a bare backbone has none; timm
-    models say what their classifier is; in other modules it is a child with one of the usual names.
+    For transformers models these are all children with weights beside the base model, or a `classifier` where the parts
+    of the base model are children themselves (CLIP, SigLIP), so a bare backbone has none; timm models say what their
+    classifier is; in other modules it is a child with one of the usual names.
     """
     timm_model = getattr(model, "timm_model", model)
     if hasattr(timm_model, "get_classifier"):
@@ -90,8 +96,11 @@ def find_task_heads(model: nn.Module) -> list[str]:
         names = [name for name, module in model.named_modules() if any(module is item for item in candidates)]
     elif hasattr(model, "base_model_prefix"):
         base_model = model.base_model
-        is_head = {} if base_model is model else dict(model.named_children())
-        names = [name for name, module in is_head.items() if module is not base_model]
+        names = [
+            name
+            for name, module in model.named_children()
+            if module is not base_model and (base_model is not model or name == "classifier")
+        ]
     else:
         children = dict(model.named_children())
         names = [name for name in PLAIN_HEAD_NAMES if name in children][:1]
@@ -243,16 +252,18 @@ def resolve_targets(model: nn.Module, config: _S2ABaseConfig) -> dict[str, list[
         config: the configuration of the adapter to be added. `modules_to_save` has been resolved.
 
     Returns:
-        structure ("bias", "prompt", "side", or "ladder" and "ladder_top" in ladder mode) -> full module names.
+        structure ("bias", "prompt", "side", or "ladder" in ladder mode) -> full module names; under "statistics" the batch
+        normalisations whose running statistics are frozen or belong to the adapter.
 
     Raises:
         NoMatchingPeftModuleError: (a ValueError) if a requested structure has no place to go, or if recorded targets are
             not in this model.
+        ValueError: if recorded targets do not fit the modules or the structures of the configuration.
     """
-    if config.structure_targets is not None:
-        return _recorded_targets(model, config)
     ladder = getattr(config, "side_mode", "residual") == "ladder"
     structures = ("ladder",) if ladder else config.structures
+    if config.structure_targets is not None:
+        return _recorded_targets(model, config, structures)
     if config.target_modules is None:
         targets = _default_targets(model, config, structures)
     else:
@@ -260,19 +271,70 @@ def resolve_targets(model: nn.Module, config: _S2ABaseConfig) -> dict[str, list[
     for structure in structures:
         if not targets[structure]:
             _raise_no_place(model, config, structure)
+    if statistics := find_statistics(model, config):
+        targets["statistics"] = statistics
     return targets
 
 
-def _recorded_targets(model: nn.Module, config: _S2ABaseConfig) -> dict[str, list[str]]:
-    names = {name for name, _ in visible_modules(model)}
-    missing = sorted({name for targets in config.structure_targets.values() for name in targets} - names)
-    if missing:
-        raise NoMatchingPeftModuleError(
-            f"The configuration was made for modules that {type(model).__name__} does not have: {missing[:3]}"
-            f"{' and others' if len(missing) > 3 else ''}. Use the base model that the adapter was trained with, or a new "
-            f"{type(config).__name__} for a new model."
-        )
-    return {structure: list(targets) for structure, targets in config.structure_targets.items()}
+def find_statistics(model: nn.Module, config: _S2ABaseConfig) -> list[str]:
+    """The batch normalisations with running statistics, but for those in modules that are trained in full."""
+    return [
+        name
+        for name, module in visible_modules(model)
+        if isinstance(module, BATCH_NORMS) and module.track_running_stats and not _is_saved_whole(config, name)
+    ]
+
+
+def recorded_in(state_dict: Iterable[str]) -> dict[str, list[str]]:
+    """The targets of the adapter whose weights have these keys; see `resolve_targets`."""
+    targets: dict[str, list[str]] = {}
+    for key in state_dict:
+        host, found, parameter = key.rpartition(f".{PREFIX}")
+        name, _, attribute = host.rpartition(".")
+        if found and attribute in STRUCTURE_OF_LAYER:
+            targets.setdefault(STRUCTURE_OF_LAYER[attribute], []).append(name)
+        elif found and PREFIX + parameter in BiasLayer.adapter_layer_names:
+            targets.setdefault("bias", []).append(host)
+    return {structure: list(dict.fromkeys(names)) for structure, names in targets.items()}
+
+
+def _recorded_targets(model: nn.Module, config: _S2ABaseConfig, structures: tuple[str, ...]) -> dict[str, list[str]]:
+    modules = dict(visible_modules(model))
+    attention = find_attention(model)
+    for structure, names in config.structure_targets.items():
+        if structure not in (*structures, "statistics"):
+            raise ValueError(
+                f"`structure_targets` names {structure!r}, but this configuration trains only {structures}."
+            )
+        missing = [name for name in names if name not in modules]
+        if missing:
+            raise NoMatchingPeftModuleError(
+                f"The configuration was made for modules that {type(model).__name__} does not have: {missing[:3]}"
+                f"{' and others' if len(missing) > 3 else ''}. Use the base model that the adapter was trained with, or a "
+                f"new {type(config).__name__} for a new model."
+            )
+        for name in names:
+            is_stem = structure == "prompt" and not attention and isinstance(modules[name], nn.Conv2d)
+            if not is_stem and not _can_carry(structure, name, modules[name], attention):
+                raise ValueError(
+                    f"`structure_targets` puts {structure!r} on {name!r}, a {type(modules[name]).__name__}, which cannot "
+                    "carry it. Use the base model that the adapter was trained with."
+                )
+    # In the order of the model, which a ladder follows.
+    return {
+        structure: [name for name in modules if name in targets]
+        for structure, targets in config.structure_targets.items()
+    }
+
+
+def _can_carry(structure: str, name: str, module: nn.Module, attention: dict[str, Attention]) -> bool:
+    if structure == "bias":
+        return bias.can_serve(module)
+    if structure == "prompt":
+        return name in attention
+    if structure == "statistics":
+        return isinstance(module, BATCH_NORMS)
+    return side.can_serve(module)
 
 
 def _raise_no_place(model: nn.Module, config: _S2ABaseConfig, structure: str) -> None:
@@ -316,6 +378,10 @@ def is_excluded(config: _S2ABaseConfig, name: str) -> bool:
         return True
     if not isinstance(excluded, str) and any(name == key or name.endswith(f".{key}") for key in excluded or ()):
         return True
+    return _is_saved_whole(config, name)
+
+
+def _is_saved_whole(config: _S2ABaseConfig, name: str) -> bool:
     return any(re.match(rf"(^|.*\.){key}($|\..*)", name) for key in config.modules_to_save or ())
 
 
@@ -386,23 +452,17 @@ def _single_projections(model: nn.Module) -> list[str]:
 
 def _named_targets(model: nn.Module, config: _S2ABaseConfig, structures: tuple[str, ...]) -> dict[str, list[str]]:
     """The structures that each module named by the user can carry."""
-    _maybe_include_all_linear_layers(config, model)
+    modules = dict(visible_modules(model))
+    if isinstance(config.target_modules, str) and config.target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+        # PEFT's own resolution does not see linear layers inside our wrappers.
+        config.target_modules = {name for name, module in modules.items() if isinstance(module, nn.Linear)}
     attention = find_attention(model)
-    blocks = set(find_blocks(model)) if "ladder" in structures else set()
+    blocks = find_blocks(model) if "ladder" in structures else ()
     targets: dict[str, list[str]] = {structure: [] for structure in structures}
-    matched = False
-    for name, module in visible_modules(model):
-        if not check_target_module_exists(config, name):
-            continue
-        matched = True
-        serves = {
-            "bias": bias.can_serve(module),
-            "prompt": name in attention,
-            "side": side.can_serve(module),
-            "ladder": name in blocks,
-        }
+    matched = [name for name in modules if check_target_module_exists(config, name)]
+    for name in matched:
         for structure in structures:
-            if serves[structure]:
+            if name in blocks if structure == "ladder" else _can_carry(structure, name, modules[name], attention):
                 targets[structure].append(name)
     if not matched:
         message = f"Target modules {config.target_modules} not found in the base model. "
