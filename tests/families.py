@@ -16,10 +16,10 @@ from transformers import (
     ConvNextForImageClassification,
     DeiTConfig,
     DeiTForImageClassification,
-    DINOv3ViTConfig,
-    DINOv3ViTModel,
     Dinov2Config,
     Dinov2ForImageClassification,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
     HieraConfig,
     HieraForImageClassification,
     PvtConfig,
@@ -92,6 +92,20 @@ class PlainConvNet(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return self.head(self.stage2(self.stage1(self.stem(pixel_values))).mean((2, 3)))
+
+
+class PlainTransformer(nn.Module):
+    """Torch's own encoder layers, whose inference fast path reads weights without calling the layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, 32, 8, stride=8)
+        layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(32, NUM_LABELS)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.head(self.encoder(self.embed(pixel_values).flatten(2).mT).mean(1))
 
 
 def _timm(name: str, **kwargs) -> Callable[[], nn.Module]:
@@ -171,6 +185,7 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "timm_resnet": _timm("resnet18", channels=(8, 16, 16, 32)),
     "timm_convnext": _timm("convnext_atto", depths=(1, 1, 1, 1), dims=(8, 8, 16, 16)),
     "plain_cnn": PlainConvNet,
+    "plain_transformer": PlainTransformer,
 }
 
 
@@ -178,10 +193,25 @@ def build(family: str, seed: int = 0) -> nn.Module:
     """A small model of the family, with the same random weights for the same seed."""
     torch.manual_seed(seed)
     model = FAMILIES[family]()
-    for parameter in model.parameters():  # heads and embeddings start at zero in some families
+    for parameter in model.parameters():  # heads, embeddings and last scales start at zero in some families
         if not parameter.any():
             nn.init.normal_(parameter, std=0.02)
+    _fit_running_statistics(model, batch(family, size=16)[0])
     return model
+
+
+def _fit_running_statistics(model: nn.Module, images: torch.Tensor) -> None:
+    """As after pretraining; with the initial statistics the images would hardly reach the output."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        return
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.no_grad():
+        logits(model.train(), images)
+    for norm, momentum in zip(norms, momenta):
+        norm.momentum = momentum
 
 
 def batch(family: str, size: int = 4, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:

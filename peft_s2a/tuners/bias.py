@@ -52,6 +52,15 @@ class BiasLayer(S2ALayer):
         self.s2a_bias = nn.ParameterDict({})
         self.s2a_scale = nn.ParameterDict({})
 
+    def __getattr__(self, name: str) -> Any:
+        """Looks up on the base module what the wrapper lacks: models read `eps`, `in_features`, `stride` off their layers."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
     def update_layer(self, adapter_name: str, *, train_scale: bool, init_weights: bool) -> None:
         """Adds an adapter.
 

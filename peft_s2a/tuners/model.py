@@ -119,6 +119,10 @@ class S2AModel(BaseTuner):
         if current_key in targets.get("statistics", ()):
             self._add_statistics(peft_config, adapter_name, parent, target_name)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT's own moves weights to the right device, where ours are made, and expects modules that hold a weight.
+        setattr(parent, child_name, new_module)
+
     def _wrapped(self, parent: nn.Module, target_name: str) -> BiasLayer:
         """The wrapper around a leaf, put there if need be."""
         target = getattr(parent, target_name)
@@ -126,6 +130,9 @@ class S2AModel(BaseTuner):
             wrapper = BatchNormLayer(target) if isinstance(target, BATCH_NORMS) else BiasLayer(target)
             wrapper.training = target.training
             self._replace_module(parent, target_name, wrapper, target)
+            if isinstance(parent, nn.TransformerEncoderLayer):
+                # Without gradient it would read the base weights and call no layer, unless one of them has a hook.
+                wrapper.register_forward_pre_hook(_do_nothing)
             target = wrapper
         return target
 
@@ -290,6 +297,10 @@ class S2AModel(BaseTuner):
                 "that it was trained with. None of them was loaded."
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _do_nothing(module: nn.Module, args: tuple) -> None:
+    pass
 
 
 def _some(items: list[str]) -> str:
