@@ -96,6 +96,7 @@ class StepTrace:
         self._module_starts: list[int] = [0]
         self._module_names: list[str] = [""]
         self._in_optimizer = False
+        self._is_packing = False
         self._max_gradients = 0
         self._contexts = ExitStack()
 
@@ -175,7 +176,7 @@ class StepTrace:
 
     def operator(self, function: Any, args: tuple, kwargs: dict) -> Any:
         """Runs an operator of the step and notes what it leaves live."""
-        if function is _DEVICE_QUERY:
+        if function is _DEVICE_QUERY or self._is_packing:
             return function(*args, **kwargs)
         output = self.meter.call(self, function, args, kwargs)
         for tensor in _tensors(output):
@@ -229,17 +230,21 @@ class StepTrace:
     # What is kept for backward
 
     def _pack(self, tensor: torch.Tensor) -> tuple[torch.Tensor, _Use | None]:
+        use = None
         record = self._add(tensor, OUTSIDE)
-        if record is None or record.category == PARAMETER:
-            return tensor, None
-        if not record.uses:
-            record.dtype = tensor.dtype
-            self._kept.append(record)
-        if record.category == WORKING:
-            self._move(record, KEPT)
-        use = _Use(self._place()[0], torch.autograd._get_sequence_nr() - 1)
-        record.uses.append(use)
-        return tensor, use
+        if record is not None and record.category != PARAMETER:
+            if not record.uses:
+                record.dtype = tensor.dtype
+                self._kept.append(record)
+            if record.category == WORKING:
+                self._move(record, KEPT)
+            use = _Use(self._place()[0], torch.autograd._get_sequence_nr() - 1)
+            record.uses.append(use)
+        self._is_packing = True
+        try:
+            return tensor.detach(), use  # an operator's output itself would tie its node into a reference cycle
+        finally:
+            self._is_packing = False
 
     def _unpack(self, packed: tuple[torch.Tensor, _Use | None]) -> torch.Tensor:
         tensor, use = packed

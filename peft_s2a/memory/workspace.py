@@ -4,8 +4,8 @@ Most kernels allocate their outputs only. The exceptions here were found by comp
 with the events of PyTorch's allocator (2.13, oneDNN on x86-64 with AVX-512 and AMX):
 
 * oneDNN computes convolutions on copies in blocked layouts and copies the result back, in half precision twice. Images
-  (up to 4 channels) are not copied, nor is anything for pointwise convolutions in float32 on a single thread. Gradients
-  of half-precision weights are accumulated in float32.
+  (up to 4 channels) are not copied, nor is anything for pointwise convolutions in float32 on a single thread. Tensors
+  that are channels-last are not copied, weights are. Gradients of half-precision weights are accumulated in float32.
 * Kernels that work on contiguous tensors copy inputs that are not.
 
 All sizes are in bytes, and come on top of what is live once the operator has returned.
@@ -35,18 +35,24 @@ def _bytes(*tensors: torch.Tensor | None) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
-def _is_blocked(inputs: torch.Tensor, weight: torch.Tensor, stride: list[int]) -> bool:
-    """Whether oneDNN computes this convolution on blocked copies."""
+def _uses_onednn(inputs: torch.Tensor, weight: torch.Tensor, stride: list[int]) -> bool:
+    """Whether a convolution takes oneDNN's kernels, on blocked copies."""
     if not torch.backends.mkldnn.is_available() or inputs.dtype is torch.float64:
         return False
     pointwise = all(size == 1 for size in weight.shape[2:]) and all(step == 1 for step in stride)
     return not (pointwise and inputs.dtype is torch.float32 and torch.get_num_threads() == 1)
 
 
+def _is_channels_last(tensor: torch.Tensor) -> bool:
+    return tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+
+
 def _convolution(args: tuple, output: torch.Tensor) -> int:
     inputs, weight, _, stride = args[:4]
-    if not _is_blocked(inputs, weight, stride):
+    if not _uses_onednn(inputs, weight, stride):
         return 0
+    if _is_channels_last(inputs):
+        return 2 * _bytes(weight)
     copied = _bytes(weight) + (_bytes(inputs) if inputs.shape[1] > 4 else 0)
     results = 1 if inputs.dtype is torch.float32 else 2
     return max(copied, results * _bytes(output))
@@ -54,19 +60,28 @@ def _convolution(args: tuple, output: torch.Tensor) -> int:
 
 def _convolution_backward(args: tuple, output: tuple) -> int:
     grad_output, inputs, weight, _, stride = args[:5]
-    grad_input, grad_weight, _ = output
-    if not _is_blocked(inputs, weight, stride):
+    grad_input, grad_weight, grad_bias = output
+    if not _uses_onednn(inputs, weight, stride):
         return 0
     half = inputs.dtype is not torch.float32
+    channels_last = _is_channels_last(inputs)
     grad, value, kernel = _bytes(grad_output), _bytes(inputs), _bytes(weight)
     workspace = 0
     if grad_input is not None:
         results = 2 if half or any(step > 1 for step in stride) else 1
-        workspace = max(grad + kernel, results * value) - (kernel if grad_weight is not None else 0)
-    if grad_weight is not None:
+        workspace = 2 * kernel if channels_last else max(grad + kernel, results * value)
+        if grad_weight is not None:
+            workspace -= kernel  # whose gradient comes later
+    if grad_weight is not None or grad_bias is not None:  # computed together
         depthwise = weight.shape[1] == 1 and inputs.shape[1] > 1
-        copied = 0 if depthwise else grad + (value if inputs.shape[1] > 4 else 0)
-        workspace = max(workspace, copied + (2 * kernel if half else 0), kernel)
+        is_image = inputs.shape[1] <= 4
+        if channels_last:
+            own = 257 * kernel if depthwise and weight.shape[-1] > 3 else 3 * kernel  # wide: groups become 16 x 16
+        elif is_image and weight.shape[-1] > 14:
+            own = torch.get_num_threads() * (4 * kernel + value // inputs.shape[0])
+        else:
+            own = 0 if depthwise else grad + (0 if is_image else value)
+        workspace = max(workspace, own + (2 * kernel if half else 0), kernel)
     return workspace
 
 
