@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from peft_s2a.activations.structures import gated_prompt_attention
 from peft_s2a.tuners.layer import AttachedLayer, first_tensor, with_first_tensor
 
 
@@ -98,29 +99,6 @@ class PromptLayer(_PromptBase):
             )
             attended = attended + prompts.reshape(attended.shape).to(attended.dtype)
         return with_first_tensor(args, kwargs, attended)
-
-
-def gated_prompt_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, gate: torch.Tensor, num_heads: int
-) -> torch.Tensor:
-    """`tanh(gate) * softmax(q K_p^T / sqrt(d)) V_p`, per head (LLaMA-Adapter, Zhang et al. 2023, equations 4 to 8).
-
-    Args:
-        query: [..., tokens, num_heads * d].
-        key, value: [prompts, num_heads * d].
-        gate: [num_heads].
-        num_heads: attention heads.
-
-    Returns:
-        [..., tokens, num_heads * d] in the dtype of `query`.
-    """
-    dtype = query.dtype
-    heads = (num_heads, -1)
-    query = query.unflatten(-1, heads).movedim(-2, -3)  # [..., heads, tokens, d]
-    key = key.to(dtype).unflatten(-1, heads).movedim(-2, -3)  # [heads, prompts, d]
-    value = (value.unflatten(-1, heads) * gate.tanh()[:, None]).to(dtype).movedim(-2, -3)
-    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
-    return (scores.softmax(-1) @ value).movedim(-3, -2).flatten(-2)
 
 
 class InputPromptLayer(_PromptBase):

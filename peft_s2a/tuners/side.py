@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
 from torch import nn
 
+from peft_s2a.activations.structures import add_low_rank
 from peft_s2a.tuners.bias import CONVOLUTIONS, BiasLayer
 from peft_s2a.tuners.layer import AttachedLayer, as_tensor, first_tensor, with_tensor
 
@@ -166,11 +167,10 @@ class SideLayer(AttachedLayer):
         hidden = hidden.to(y.dtype)
         scaling = self.scaling[adapter_name]
         if self._channels_last:
-            # addmm adds the branch while it multiplies: the branch's output never exists beside y. Autocast would round y.
+            # Autocast would round y.
             device = y.device.type
             with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
-                rows, branch_rows = y.reshape(-1, y.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
-                return torch.addmm(rows, branch_rows, up.t(), alpha=scaling).view(y.shape)
+                return add_low_rank(y, hidden, up, scaling)
         convolution = F.conv1d if y.dim() == 3 else F.conv2d
         kernel = (up * scaling).reshape(*up.shape, *[1] * (y.dim() - 2))
         return y + convolution(hidden, kernel)

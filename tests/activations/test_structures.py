@@ -1,0 +1,77 @@
+"""The quantised computations of S2A's structures against exact autograd."""
+
+import pytest
+import torch
+from torch.nn.functional import cosine_similarity
+
+from peft_s2a.activations.functional import Quantizer
+from peft_s2a.activations.structures import (
+    add_low_rank,
+    gated_prompt_attention,
+    quantized_add_low_rank,
+    quantized_prompt_attention,
+)
+
+
+def _leaves(*shapes: tuple[int, ...], dtype=torch.float64) -> list[torch.Tensor]:
+    return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+
+
+def _gradients(function, inputs: list[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    output = function(*inputs)
+    weights = torch.randn(output.shape, dtype=output.dtype, generator=torch.Generator().manual_seed(3))
+    return output.detach(), list(torch.autograd.grad((output * weights).sum(), inputs))
+
+
+CASES = {
+    "prompt": (
+        [(3, 11, 24), (5, 24), (5, 24), (4,)],
+        lambda *x: gated_prompt_attention(*x, 4),
+        lambda quantizer: lambda *x: quantized_prompt_attention(*x, 4, quantizer=quantizer),
+    ),
+    "prompt over windows": (
+        [(2, 3, 7, 12), (4, 12), (4, 12), (2,)],
+        lambda *x: gated_prompt_attention(*x, 2),
+        lambda quantizer: lambda *x: quantized_prompt_attention(*x, 2, quantizer=quantizer),
+    ),
+    "side": (
+        [(3, 11, 24), (3, 11, 7), (24, 7)],
+        lambda *x: add_low_rank(*x, 0.5),
+        lambda quantizer: lambda *x: quantized_add_low_rank(*x, 0.5, quantizer=quantizer),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+class TestAgainstExactAutograd:
+    def test_output_is_the_stock_functions(self, case):
+        shapes, stock, quantized = CASES[case]
+        inputs = _leaves(*shapes)
+        assert torch.equal(stock(*inputs), quantized(Quantizer(backend="reference"))(*inputs))
+
+    @pytest.mark.parametrize(("bits", "error"), [(8, 0.02), (4, 0.2)])
+    def test_gradients_are_close_and_closer_with_more_bits(self, case, bits, error):
+        torch.manual_seed(0)
+        shapes, stock, quantized = CASES[case]
+        inputs = _leaves(*shapes)
+        _, exact = _gradients(stock, inputs)
+        _, coded = _gradients(quantized(Quantizer(bits=bits)), inputs)
+        for ours, theirs in zip(coded, exact):
+            assert (ours - theirs).norm() <= error * theirs.norm()
+            assert cosine_similarity(ours.flatten(), theirs.flatten(), dim=0) > 1 - error**2
+
+    def test_only_codes_and_small_tensors_are_kept(self, case):
+        shapes, _, quantized = CASES[case]
+        inputs = _leaves(*shapes, dtype=torch.float32)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+            quantized(Quantizer())(*inputs)
+        large = max(inputs[:2], key=torch.Tensor.numel)
+        assert not any(x.is_floating_point() and x.numel() >= large.numel() for x in kept)
+        assert any(x.dtype == torch.uint8 for x in kept)
+
+    def test_double_backward_is_refused(self, case):
+        shapes, _, quantized = CASES[case]
+        inputs = _leaves(*shapes)
+        with pytest.raises(RuntimeError, match="double backward"):
+            torch.autograd.grad(quantized(Quantizer())(*inputs).sum(), inputs[0], create_graph=True)
