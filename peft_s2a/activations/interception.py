@@ -5,6 +5,7 @@ other libraries and attention written inline alike, without a patch per model.
 """
 
 import functools
+import weakref
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any
@@ -12,9 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 from torch.overrides import TorchFunctionMode
 
-from . import functional, products
+from . import functional, products, shapes, structures
 from .config import ActivationQuantizationConfig
 from .functional import Quantizer
 
@@ -32,12 +34,27 @@ class OperatorMode(TorchFunctionMode):
         self.config = config
         self.module_name = module_name
         self._quantizers: dict[str, Quantizer] = {}
+        self._mask: weakref.ref[Tensor] | None = None
+
+    def __reduce__(self):
+        return OperatorMode, (self.config, self.module_name)
 
     def quantizer(self, kind: str) -> Quantizer:
         """The settings of operators of ``kind`` in this module."""
         if kind not in self._quantizers:
             self._quantizers[kind] = self.config.quantizer(kind, self.module_name)
         return self._quantizers[kind]
+
+    def shared(self, mask: Tensor | None) -> Tensor | None:
+        """``mask``, or the equal one that this module used last, if that is still kept: the same mask is kept once for all tiles,
+        which compute it anew each time."""
+        if mask is None or mask.requires_grad or torch.compiler.is_compiling() or is_fake(mask):
+            return mask
+        last = self._mask() if self._mask is not None else None
+        if last is not None and last.device == mask.device and last.dtype == mask.dtype and torch.equal(last, mask):
+            return last
+        self._mask = weakref.ref(mask)
+        return mask
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         handler = _HANDLERS.get(func) if torch.is_grad_enabled() else None
@@ -145,7 +162,7 @@ def _attention(mode, query, key, value, attn_mask=None, dropout_p=0.0, is_causal
         repeats = query.shape[-3] // key.shape[-3]
         key, value = (t.repeat_interleave(repeats, dim=-3) for t in (key, value))
     return functional.scaled_dot_product_attention(
-        query, key, value, attn_mask, dropout_p, is_causal, scale, quantizer=mode.quantizer("attention")
+        query, key, value, mode.shared(attn_mask), dropout_p, is_causal, scale, quantizer=mode.quantizer("attention")
     )
 
 
@@ -170,13 +187,36 @@ def _linear(mode, input, weight, bias=None):
     return functional.linear(input, weight, bias, quantizer=mode.quantizer("linear"))
 
 
-@_handles(F.conv2d)
-def _conv2d(mode, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
-    if not (mode.config.compress_linear_inputs and weight.requires_grad):
+@_handles(F.conv1d, F.conv2d, F.conv3d)
+def _convolution(mode, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    if input.dim() != weight.dim() or isinstance(padding, str):
         return NotImplemented
-    return functional.conv2d(
-        input, weight, bias, stride, padding, dilation, groups, quantizer=mode.quantizer("linear")
-    )
+    if not weight.requires_grad:
+        return shapes.frozen_convolution(input, weight, bias, stride, padding, dilation, False, 0, groups)
+    if mode.config.compress_linear_inputs and weight.dim() == 4:
+        return functional.conv2d(
+            input, weight, bias, stride, padding, dilation, groups, quantizer=mode.quantizer("linear")
+        )
+    return NotImplemented
+
+
+@_handles(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+def _transposed_convolution(
+    mode, input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1
+):
+    if input.dim() != weight.dim() or weight.requires_grad:
+        return NotImplemented
+    return shapes.frozen_convolution(input, weight, bias, stride, padding, dilation, True, output_padding, groups)
+
+
+@_handles(F.avg_pool2d)
+def _avg_pool2d(mode, input, *args, **kwargs):
+    return shapes.avg_pool2d(input, *args, **kwargs)
+
+
+@_handles(F.adaptive_avg_pool2d)
+def _adaptive_avg_pool2d(mode, input, output_size):
+    return shapes.adaptive_avg_pool2d(input, output_size)
 
 
 @_handles(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm)
@@ -194,11 +234,30 @@ def _mul(mode, input, other):
     return products.multiply(input, other, quantizer=mode.quantizer("gated_activation"))
 
 
+@_handles(torch.linalg.vector_norm)
+def _vector_norm(mode, x, ord=2, dim=None, keepdim=False, *, dtype=None, out=None):
+    if ord != 2 or dtype is not None or out is not None:
+        return NotImplemented
+    return products.vector_norm(x, [dim] if isinstance(dim, int) else dim, keepdim, quantizer=mode.quantizer("norm"))
+
+
 @_handles(F.normalize)
 def _normalize(mode, input, p=2.0, dim=1, eps=1e-12, out=None):
     if p != 2 or dim not in (-1, input.dim() - 1) or out is not None:
         return NotImplemented
     return products.normalize(input, eps, quantizer=mode.quantizer("norm"))
+
+
+@_handles(structures.gated_prompt_attention)
+def _prompt_attention(mode, query, key, value, gate, num_heads):
+    return structures.quantized_prompt_attention(
+        query, key, value, gate, num_heads, quantizer=mode.quantizer("attention")
+    )
+
+
+@_handles(structures.add_low_rank)
+def _add_low_rank(mode, base, hidden, up, scaling):
+    return structures.quantized_add_low_rank(base, hidden, up, scaling, quantizer=mode.quantizer("linear"))
 
 
 def _open(function: FunctionType) -> FunctionType:

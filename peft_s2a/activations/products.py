@@ -1,9 +1,11 @@
-"""Products of two activations, as attention and gates written inline compute them, and L2 normalisation.
+"""Products of two activations, as attention and gates written inline compute them, L2 norms and normalisation.
 
 A product keeps both factors for backward. Here each is kept as codes minus its mean over tokens (rows), as queries, keys and
 values are in `functional.scaled_dot_product_attention`. Parameters and tensors that need no gradient are kept as they are: they
 exist in any case.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -109,6 +111,35 @@ def multiply(a: Tensor, b: Tensor, *, quantizer: Quantizer) -> Tensor:
         dtype = torch.result_type(a, b)
         a, b = a.to(dtype), b.to(dtype)
     return _product(a, b, torch.mul, quantizer)
+
+
+class _VectorNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, dim, keepdim, quantizer):
+        norm = torch.linalg.vector_norm(x, 2, dim, keepdim=True)
+        ctx.kept = _Kept(x, True, True, quantizer)
+        ctx.save_for_backward(*ctx.kept.tensors, norm)
+        ctx.kept.tensors = None
+        ctx.dim, ctx.keepdim = dim, keepdim
+        return norm if keepdim else norm.squeeze(dim)
+
+    @staticmethod
+    def backward(ctx, grad):
+        _refuse_double_backward()
+        *codes, norm = ctx.saved_tensors
+        x = ctx.kept.restore(*codes)
+        if not ctx.keepdim:
+            for d in sorted(d % x.dim() for d in ctx.dim):
+                grad = grad.unsqueeze(d)
+        return (grad / norm).masked_fill_(norm == 0, 0) * x, None, None, None
+
+
+def vector_norm(x: Tensor, dim: Sequence[int] | None, keepdim: bool, *, quantizer: Quantizer) -> Tensor:
+    """`torch.linalg.vector_norm` of order two; keeps b-bit values and the norm. dX = dY X / norm, 0 where the norm is 0."""
+    dim = tuple(range(x.dim())) if dim is None else tuple(dim)
+    if not _recording(x) or not x.numel():
+        return torch.linalg.vector_norm(x, 2, dim, keepdim)
+    return _VectorNorm.apply(x, dim, keepdim, quantizer)
 
 
 class _Normalize(torch.autograd.Function):

@@ -24,9 +24,7 @@ from .config import ActivationQuantizationConfig
 from .interception import OperatorMode
 
 
-# Modules whose own forward pass only hands tensors to other modules, or holds none of the operators. (Trained Linear and Conv
-# layers do when their inputs are compressed.)
-_LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+# Modules whose own forward pass only hands tensors to other modules, or holds none of the operators.
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _LEFT_ALONE = (*_LISTS, nn.Sequential, nn.Identity, nn.Embedding, PreTrainedModel, BaseTuner, BaseTunerLayer)
 
@@ -137,7 +135,7 @@ def _restore(module: nn.Module) -> None:
 
 
 def _has_operators(module: nn.Module, config: ActivationQuantizationConfig) -> bool:
-    if isinstance(module, _LINEAR):
+    if isinstance(module, nn.Linear):
         return config.compress_linear_inputs
     return not isinstance(module, (*_LEFT_ALONE, AuxiliaryTrainingWrapper)) and hasattr(type(module), "forward")
 
