@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from peft import PeftConfig
 from peft.utils import PeftType
 
+from peft_s2a.activations.config import ActivationQuantizationConfig
 from peft_s2a.registration import add_peft_types
 
 
@@ -71,8 +72,9 @@ class _S2ABaseConfig(PeftConfig):
             "training images and are saved with the adapter."
         },
     )
-    activation_quantization: Any = field(
-        default=None, metadata={"help": "How activations kept for backward are quantised. None: not at all."}
+    activation_quantization: ActivationQuantizationConfig | dict[str, Any] | None = field(
+        default=None,
+        metadata={"help": "How activations kept for backward are quantised. None: not at all."},
     )
     init_weights: bool = field(
         default=True,
@@ -105,9 +107,12 @@ class _S2ABaseConfig(PeftConfig):
             raise ValueError("`layers_pattern` cannot be used when `target_modules` is a str.")
         if self.layers_pattern and not self.layers_to_transform and self.layers_to_transform != 0:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
-        if self.activation_quantization is not None:
-            raise NotImplementedError(
-                "`activation_quantization` is not available yet: pass None, and the activations stay in full precision."
+        if isinstance(self.activation_quantization, dict):
+            self.activation_quantization = ActivationQuantizationConfig.from_dict(self.activation_quantization)
+        elif not isinstance(self.activation_quantization, (ActivationQuantizationConfig, type(None))):
+            raise ValueError(
+                "`activation_quantization` must be an ActivationQuantizationConfig, a dict of its arguments or None, got "
+                f"{self.activation_quantization!r}."
             )
         self._check_structure_targets()
 
@@ -238,7 +243,7 @@ class S2AConfig(S2ASideConfig, S2APromptConfig, S2ABiasConfig):
             With False they follow the training images and are saved with the adapter.
         activation_quantization:
             How activations kept for backward are quantised: an [`ActivationQuantizationConfig`], a dict of its
-            arguments, or None to leave activations alone.
+            arguments, or None to leave activations alone. Of several adapters in one model, the one added last decides.
         init_weights (`bool`): Start exactly as the base model; False gives a random start, for tests.
 
     Raises:

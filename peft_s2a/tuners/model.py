@@ -10,6 +10,7 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from torch import nn
 
+from peft_s2a.activations.wrap import quantize_activations, restore_activations
 from peft_s2a.config import _S2ABaseConfig
 from peft_s2a.registration import PREFIX
 from peft_s2a.tuners.batch_norm import BatchNormLayer, FrozenStatistics
@@ -91,6 +92,8 @@ class S2AModel(BaseTuner):
         try:
             super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
             self._join_ladder(config)
+            if config.activation_quantization is not None:
+                quantize_activations(self.model, config.activation_quantization)
         except Exception:
             self._discard_adapter(adapter_name)
             for parameter, required_grad in requires_grad.items():
@@ -262,6 +265,8 @@ class S2AModel(BaseTuner):
     ) -> nn.Module:
         if merge:
             self.merge_adapter(adapter_names, safe_merge=safe_merge)
+        if any(config.activation_quantization is not None for config in self.peft_config.values()):
+            restore_activations(self.model)
         self._detach_layers()
         for layer in self._layers():
             layer.merged_adapters = []
