@@ -15,6 +15,7 @@ from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers import MODEL_FOR_BACKBONE_MAPPING, MODEL_MAPPING, PreTrainedModel
 
 from peft_s2a.config import S2AConfig, _S2ABaseConfig
 from peft_s2a.registration import PREFIX
@@ -85,26 +86,35 @@ def visible_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def find_task_heads(model: nn.Module) -> list[str]:
     """The names of the modules that turn a backbone's features into the task's output.
 
-    For transformers models these are all children with weights beside the base model, or a `classifier` where the parts
-    of the base model are children themselves (CLIP, SigLIP), so a bare backbone has none; timm models say what their
-    classifier is; in other modules it is a child with one of the usual names.
+    For transformers models these are all children with weights beside the base model, or those named so where the base
+    model is no child of its own (CLIP, SigLIP, UperNet); a bare backbone has none. timm models say what their classifier
+    is; in other modules it is a child with one of the usual names.
     """
     timm_model = getattr(model, "timm_model", model)
+    children = dict(model.named_children())
     if hasattr(timm_model, "get_classifier"):
         classifier = timm_model.get_classifier()
         candidates = [classifier] if isinstance(classifier, nn.Module) else list(classifier or ())
         names = [name for name, module in model.named_modules() if any(module is item for item in candidates)]
-    elif hasattr(model, "base_model_prefix"):
+    elif isinstance(model, PreTrainedModel):
         base_model = model.base_model
-        names = [
-            name
-            for name, module in model.named_children()
-            if module is not base_model and (base_model is not model or name == "classifier")
-        ]
+        if _is_bare_backbone(model):
+            names = []
+        elif base_model is not model:
+            names = [name for name, module in children.items() if module is not base_model]
+        else:
+            names = [name for name in children if name.endswith(("classifier", "head"))]
     else:
-        children = dict(model.named_children())
         names = [name for name in PLAIN_HEAD_NAMES if name in children][:1]
     return [name for name in names if any(True for _ in model.get_submodule(name).parameters())]
+
+
+def _is_bare_backbone(model: PreTrainedModel) -> bool:
+    classes: list[type] = []
+    for mapping in (MODEL_MAPPING, MODEL_FOR_BACKBONE_MAPPING):
+        found = mapping.get(type(model.config), ())
+        classes.extend(found if isinstance(found, (list, tuple)) else [found])
+    return type(model) in classes
 
 
 def find_attention(model: nn.Module) -> dict[str, Attention]:
