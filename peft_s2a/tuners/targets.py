@@ -45,6 +45,7 @@ UNUSED_MODULES = {
     "clip_vision_model": r"(.*\.)?post_layernorm",
     "siglip": r"(.*\.)?(text_model(\..*)?|vision_model\.head(\..*)?)",
     "siglip2": r"(.*\.)?(text_model(\..*)?|vision_model\.head(\..*)?)",
+    "upernet": r"backbone\.\w+\.layernorm",  # backbones have a norm for each feature map they put out
 }
 
 
