@@ -34,8 +34,9 @@ class BiasLayer(S2ALayer):
     """Wraps a leaf module: `y = base(x)` with bias `b + delta_b` and, for a normalisation, scale `gamma + delta_gamma`.
 
     Both offsets start at zero (BitFit, Zaken et al. 2022, section 3; TinyTL, Cai et al. 2020, section 3.2). The gradient
-    of a bias is the sum of the output's gradient: nothing is kept for backward. That of a scale needs the normalised
-    input, which a normalisation keeps anyway. Offsets go *into* the base module's own computation, so they cost neither a
+    of a bias is the sum of the output's gradient: nothing has to be kept for backward (though torch's own convolutions and
+    batch normalisations keep their input all the same, unless activations are quantised). That of a scale needs the
+    normalised input, which a normalisation keeps anyway. Offsets go *into* the base module's own computation, so they cost neither a
     pass over the output nor a copy of it. A base module without a bias gets its offset added to the output.
 
     The layer is also what a side branch beside a single leaf is attached to; it may then hold no offsets of its own.
@@ -103,7 +104,7 @@ class BiasLayer(S2ALayer):
         else:
             output = self.base_layer(*args, **kwargs)
         if offset is not None:
-            output = output + self._broadcast(offset, output).to(output.dtype)
+            output = output + self._broadcast(offset, output).to(output)
         return output
 
     def _adapted_parameters(self, adapters: list[str]) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:

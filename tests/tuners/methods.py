@@ -26,10 +26,11 @@ MERGEABLE = ("lora", "s2a_bias", "s2a_linear")
 
 def make_config(method: str, *, random_start: bool = False, **kwargs) -> PeftConfig:
     """A configuration that also trains the classifier. `random_start` makes the adapter change the output at once."""
+    # Activations are left alone here, so that gradients can be compared to the last bits.
     if method == "lora":
         kwargs = {"target_modules": ["q_proj", "v_proj", "fc1"], "modules_to_save": ["classifier"], **kwargs}
         return LoraConfig(r=4, init_lora_weights=not random_start, **kwargs)
-    return S2A[method](init_weights=not random_start, **kwargs)
+    return S2A[method](init_weights=not random_start, **{"activation_quantization": None, **kwargs})
 
 
 def base_model(seed: int = 0) -> ViTForImageClassification:

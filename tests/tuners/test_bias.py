@@ -1,0 +1,163 @@
+"""Bias: offsets of linear, convolution and normalisation layers, against the formula in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import get_peft_model
+from saved import saved_tensors
+from torch import nn
+from transformers.models.convnext.modeling_convnext import ConvNextLayerNorm
+
+from peft_s2a import S2ABiasConfig
+from peft_s2a.tuners.bias import BiasLayer, can_serve, is_normalisation
+
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(6, 4), (2, 5, 6), -1),
+    "linear, no bias": (lambda: nn.Linear(6, 4, bias=False), (3, 6), -1),
+    "linear, vector": (lambda: nn.Linear(6, 4), (6,), -1),
+    "conv1d": (lambda: nn.Conv1d(6, 4, 3, padding=1), (2, 6, 7), 1),
+    "conv1d, no bias, no batch": (lambda: nn.Conv1d(6, 4, 3, bias=False), (6, 7), 0),
+    "conv2d": (lambda: nn.Conv2d(6, 4, 3, stride=2, padding_mode="reflect", padding=1), (2, 6, 8, 9), 1),
+    "conv2d, no bias": (lambda: nn.Conv2d(6, 4, 3, bias=False), (2, 6, 8, 9), 1),
+    "conv2d, depthwise": (lambda: nn.Conv2d(6, 6, 3, groups=6), (2, 6, 8, 9), 1),
+    "conv3d": (lambda: nn.Conv3d(6, 4, 2), (2, 6, 3, 4, 5), 1),
+    "conv3d, no bias": (lambda: nn.Conv3d(6, 4, 2, bias=False), (2, 6, 3, 4, 5), 1),
+    "layer norm": (lambda: nn.LayerNorm(6), (2, 5, 6), -1),
+    "layer norm, two axes": (lambda: nn.LayerNorm((5, 6)), (2, 5, 6), (-2, -1)),
+    "layer norm, no bias": (lambda: nn.LayerNorm(6, bias=False), (2, 5, 6), -1),
+    "layer norm, not affine": (lambda: nn.LayerNorm(6, elementwise_affine=False), (2, 5, 6), -1),
+    "rms norm": (lambda: nn.RMSNorm(6), (2, 5, 6), -1),
+    "rms norm, not affine": (lambda: nn.RMSNorm(6, elementwise_affine=False), (2, 5, 6), -1),
+    "group norm": (lambda: nn.GroupNorm(2, 6), (2, 6, 5, 4), 1),
+    "group norm, not affine": (lambda: nn.GroupNorm(2, 6, affine=False), (2, 6, 5), 1),
+    "batch norm 1d": (lambda: nn.BatchNorm1d(6).eval(), (4, 6), 1),
+    "batch norm 2d": (lambda: nn.BatchNorm2d(6).eval(), (2, 6, 5, 4), 1),
+    "batch norm 3d, not affine": (lambda: nn.BatchNorm3d(6, affine=False).eval(), (2, 6, 3, 4, 2), 1),
+    "a model's own norm": (lambda: ConvNextLayerNorm(6, data_format="channels_first"), (2, 6, 5, 4), 1),
+}
+
+
+def on_axes(offset: torch.Tensor, output: torch.Tensor, axes: int | tuple[int, ...]) -> torch.Tensor:
+    """`offset` shaped to broadcast along the named axes of `output`."""
+    axes = (axes,) if isinstance(axes, int) else axes
+    axes = [axis % output.dim() for axis in axes]
+    return offset.reshape([output.shape[axis] if axis in axes else 1 for axis in range(output.dim())])
+
+
+def make(layer: str, **kwargs) -> tuple[BiasLayer, torch.Tensor, int | tuple[int, ...]]:
+    torch.manual_seed(0)
+    build, shape, axes = LAYERS[layer]
+    base = build().double().requires_grad_(False)
+    for tensor in (*base.parameters(), *base.buffers()):
+        if tensor.is_floating_point():
+            tensor.copy_(torch.rand_like(tensor) + 0.5)
+    wrapper = BiasLayer(base)
+    wrapper.training = base.training
+    wrapper.update_layer("default", **{"train_scale": True, "init_weights": False, **kwargs})
+    wrapper.set_adapter("default")
+    wrapper.double()  # beside norms without weights offsets start in float32
+    return wrapper, torch.randn(shape, dtype=torch.double), axes
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_output_is_the_base_layers_with_offsets(layer):
+    wrapper, x, axes = make(layer)
+    base = wrapper.get_base_layer()
+    plain = base(x)
+    bias = base.bias if getattr(base, "bias", None) is not None else torch.zeros(1, dtype=torch.double)
+    bias = on_axes(bias, plain, axes) if bias.numel() > 1 else bias
+    expected = plain
+    if "default" in wrapper.s2a_scale:
+        weight = on_axes(base.weight, plain, axes)
+        expected = (plain - bias) / weight * (weight + on_axes(wrapper.s2a_scale["default"], plain, axes)) + bias
+    expected = expected + on_axes(wrapper.s2a_bias["default"], plain, axes)
+    torch.testing.assert_close(wrapper(x), expected)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_zero_start_gives_the_base_layers_output_exactly(layer):
+    wrapper, x, _ = make(layer, init_weights=True)
+    assert torch.equal(wrapper(x), wrapper.get_base_layer()(x))
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_gradients_are_those_of_the_formula(layer):
+    wrapper, x, _ = make(layer)
+    parameters = dict(wrapper.named_parameters())
+    trained = {name: p.detach().requires_grad_() for name, p in parameters.items() if p.requires_grad}
+    assert set(trained) == {f"s2a_{kind}.default" for kind in ("bias", "scale") if f"s2a_{kind}.default" in parameters}
+
+    def run(*values):
+        return torch.func.functional_call(wrapper, dict(zip(trained, values)), (x,))
+
+    torch.autograd.gradcheck(run, tuple(trained.values()))
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_merging_gives_the_same_output(layer):
+    wrapper, x, _ = make(layer)
+    base = wrapper.get_base_layer()
+    expected, plain = wrapper(x), base(x)
+    if getattr(base, "bias", None) is None:
+        with pytest.raises(ValueError, match=r"trains a bias on a .* that has none"):
+            wrapper.merge()
+        return
+    wrapper.merge()
+    torch.testing.assert_close(base(x), expected)
+    assert torch.equal(wrapper(x), base(x))
+    wrapper.unmerge()
+    torch.testing.assert_close(base(x), plain)
+
+
+@pytest.mark.parametrize("layer", ["linear", "linear, no bias", "conv2d, no bias"])
+def test_training_biases_keeps_no_activation(layer):
+    wrapper, x, _ = make(layer, train_scale=False)
+    kept = [tensor for tensor in saved_tensors(lambda: wrapper(x), wrapper) if tensor.numel() > 6]
+    assert not kept
+
+
+@pytest.mark.parametrize("layer", ["layer norm", "group norm", "a model's own norm"])
+def test_training_a_scale_keeps_no_more_than_the_norm_does(layer):
+    def kept_bytes(train_scale: bool) -> int:
+        wrapper, x, _ = make(layer, train_scale=train_scale)
+        x.requires_grad_()
+        kept = saved_tensors(lambda: wrapper(x * 1.0), wrapper)
+        return sum(tensor.nbytes for tensor in kept if tensor.numel() > 60)
+
+    assert kept_bytes(True) <= kept_bytes(False)
+
+
+def test_scales_belong_to_normalisations_only():
+    assert "default" in make("layer norm")[0].s2a_scale
+    for layer in ("linear", "conv2d", "layer norm, not affine"):
+        assert "default" not in make(layer)[0].s2a_scale
+    assert "default" not in make("layer norm", train_scale=False)[0].s2a_scale
+
+
+def test_frozen_batch_norms_train_no_scale_and_live_ones_do():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    names = [n for n, p in get_peft_model(model, S2ABiasConfig()).named_parameters() if p.requires_grad]
+    assert [name.removeprefix("base_model.model.") for name in names] == ["0.s2a_bias.default", "1.s2a_bias.default"]
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    live = get_peft_model(model, S2ABiasConfig(freeze_batch_norm_stats=False))
+    assert any("1.s2a_scale" in name for name, p in live.named_parameters() if p.requires_grad)
+
+
+def test_several_adapters_add_up():
+    wrapper, x, _ = make("linear")
+    wrapper.update_layer("second", train_scale=True, init_weights=False)
+    wrapper.set_adapter(["default", "second"])
+    base = wrapper.get_base_layer()
+    bias = base.bias + wrapper.s2a_bias["default"] + wrapper.s2a_bias["second"]
+    torch.testing.assert_close(wrapper(x), F.linear(x, base.weight, bias))
+
+
+def test_what_can_be_served():
+    for build, *_ in LAYERS.values():
+        assert can_serve(build())
+    for module in (nn.ReLU(), nn.Embedding(3, 4), nn.ConvTranspose2d(3, 4, 2), nn.Sequential(nn.Linear(3, 3))):
+        assert not can_serve(module)
+    assert not is_normalisation(nn.Linear(3, 3))
