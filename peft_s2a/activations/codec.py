@@ -33,7 +33,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     rows, count = codes.shape
     width = packed_width(count, bits)
     packed = codes.new_zeros(rows, width)
-    for start in range(0, count, width):
+    for start in range(0, count, width or 1):
         part = codes[:, start : start + width]
         packed[:, : part.shape[1]] |= part << (start // width * bits)
     return packed
@@ -110,7 +110,7 @@ def encode_groups(x: Tensor, bits: int, group_size: int, seed: int | None = None
     scales = torch.stack([low, (high - low) / (2**bits - 1)], dim=-1).to(torch.bfloat16)
     offset, step = scales.to(x.dtype).unsqueeze(2).unbind(-1)
     units = (grouped - offset) / torch.where(step == 0, 1, step)
-    codes = round_codes(units.reshape(rows, -1)[:, :count], bits, seed)
+    codes = round_codes(units.flatten(1)[:, :count], bits, seed)
     return pack(codes, bits), scales
 
 

@@ -90,7 +90,7 @@ def encode_heads(
         mean = x.mean(2, keepdim=True).to(torch.bfloat16)
         x = x - mean
         mean = mean if keep_mean else mean.new_empty(0)
-    packed, scales = codec.encode_groups(x.reshape(-1, dim), bits, group_size, seed)
+    packed, scales = codec.encode_groups(x.flatten(0, 2), bits, group_size, seed)
     shape = (samples, heads, tokens, -1)
     return packed.view(*shape[:3], packed.shape[1]), scales.view(*shape[:3], *scales.shape[1:]), mean
 

@@ -1,0 +1,278 @@
+"""The ops on CPUs in fused C kernels (`kernels.c`), compiled once with the machine's C compiler and kept in a cache.
+
+Without a compiler the reference runs instead, after one warning. Calls cost microseconds: arguments are plain pointers and
+numbers, and nothing is compiled again for another shape.
+"""
+
+import ctypes
+import functools
+import hashlib
+import itertools
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import codec
+from . import attention, reference
+
+
+logger = logging.getLogger(__name__)
+
+_SOURCE = Path(__file__).with_name("kernels.c")
+_SUFFIXES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+# Sums may be reordered, so that loops over them vectorise; unlike -ffast-math, this leaves the process's handling of denormal
+# numbers and of NaN alone.
+_FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
+_FLAGS += ("-fno-signed-zeros", "-fassociative-math")
+
+
+class CompilationError(RuntimeError):
+    """The kernels could not be compiled."""
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels; None, after one warning, where they cannot be had."""
+    try:
+        return ctypes.CDLL(str(_build()))
+    except (CompilationError, OSError) as error:
+        warnings.warn(
+            f"The fused CPU kernels are not available ({error}); quantised activations fall back to the slow reference "
+            'backend. Install a C compiler (gcc or clang, or name one in CC), or pass backend="reference" to silence this.',
+            stacklevel=2,
+        )
+        return None
+
+
+def _build() -> Path:
+    """Path of the shared library, compiled if the cache does not have it."""
+    compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, ("gcc", "clang", "cc"))), None)
+    if compiler is None:
+        raise CompilationError("no C compiler found")
+    identity = [_SOURCE.read_text(), compiler, _output_of(compiler, "--version"), *_FLAGS, platform.machine(), _cpu()]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peft_s2a"
+    path = folder / f"kernels-{hashlib.sha256('|'.join(identity).encode()).hexdigest()[:16]}.so"
+    if path.is_file():
+        return path
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory(dir=folder) as work:
+        output = Path(work) / path.name
+        command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(output), "-lm"]
+        try:
+            _output_of(*command, "-fopenmp")
+        except CompilationError:
+            _output_of(*command)  # a compiler without OpenMP: one thread
+        output.replace(path)  # whole or not at all, whoever else compiles at the same time
+    logger.warning("Compiled the fused CPU kernels in %.1f s; kept in %s.", time.perf_counter() - start, folder)
+    return path
+
+
+def _output_of(*command: str) -> str:
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise CompilationError(f"{command[0]}: {error}") from error
+    if result.returncode:
+        raise CompilationError(f"{command[0]}: {result.stderr.strip()[-500:]}")
+    return result.stdout
+
+
+def _cpu() -> str:
+    """What -march=native depends on, as far as the system tells."""
+    info = Path("/proc/cpuinfo")
+    if not info.is_file():
+        return platform.processor()
+    return next((line for line in info.read_text().splitlines() if line.startswith(("flags", "Features"))), "")
+
+
+def _kernel(name: str, dtype: torch.dtype):
+    """The kernel for ``dtype``, or None where the reference has to do (float64; float16 on old compilers)."""
+    kernels = library()
+    suffix = _SUFFIXES.get(dtype)
+    return getattr(kernels, f"{name}_{suffix}", None) if kernels is not None and suffix else None
+
+
+def _pointer(x: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if x is None or x.numel() == 0 else x.data_ptr())
+
+
+def _long(*values: int) -> list[ctypes.c_long]:
+    return [ctypes.c_long(value) for value in values]
+
+
+def _seed(seed: int | None) -> ctypes.c_void_p | object:
+    return ctypes.c_void_p(None) if seed is None else ctypes.byref(ctypes.c_int64(seed))
+
+
+@functools.lru_cache(maxsize=1024)
+def _floats(values: tuple[float, ...]) -> ctypes.Array:
+    return (ctypes.c_float * max(len(values), 16))(*values)
+
+
+@functools.lru_cache(maxsize=1024)
+def _deltas(codes: tuple[int, ...]) -> ctypes.Array:
+    return (ctypes.c_int32 * len(codes))(*(after - before for before, after in itertools.pairwise(codes)))
+
+
+def encode_steps(x: Tensor, thresholds: list[float], codes: list[int], bits: int) -> Tensor:
+    kernel = _kernel("encode_steps", x.dtype)
+    if kernel is None:
+        return reference.encode_steps(x, thresholds, codes, bits)
+    x = x.contiguous()
+    packed = x.new_empty(codec.packed_width(x.numel(), bits), dtype=torch.uint8)
+    scratch = x.new_empty(x.numel() if bits == 3 else 0, dtype=torch.uint8)
+    kernel(
+        _pointer(x), *_long(x.numel()), _floats(tuple(thresholds)), _deltas(tuple(codes)), len(thresholds), codes[0],
+        bits, _pointer(packed), _pointer(scratch), torch.get_num_threads(),
+    )  # fmt: skip
+    return packed
+
+
+encode_levels = reference.encode_levels  # stochastic rounding of derivatives, an option off the fast path
+
+
+def scale_by_levels(grad: Tensor, packed: Tensor, levels: list[float], bits: int) -> Tensor:
+    kernel = _kernel("scale_by_levels", grad.dtype)
+    if kernel is None:
+        return reference.scale_by_levels(grad, packed, levels, bits)
+    grad, packed = grad.contiguous(), packed.contiguous()
+    scaled = torch.empty_like(grad)
+    scratch = packed.new_empty(grad.numel() if bits == 3 else 0)
+    kernel(
+        _pointer(grad), _pointer(packed), *_long(grad.numel()), _floats(tuple(levels)), bits, _pointer(scaled),
+        _pointer(scratch), torch.get_num_threads(),
+    )  # fmt: skip
+    return scaled
+
+
+def encode_groups(x: Tensor, bits: int, group_size: int, seed: int | None) -> tuple[Tensor, Tensor]:
+    coded = _encode_rows(x, 0, 0.0, bits, group_size, seed)
+    return reference.encode_groups(x, bits, group_size, seed) if coded is None else coded[:2]
+
+
+def encode_norm(
+    x: Tensor, eps: float, center: bool, bits: int, group_size: int, seed: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    coded = _encode_rows(x, 1 if center else 2, eps, bits, group_size, seed)
+    return reference.encode_norm(x, eps, center, bits, group_size, seed) if coded is None else coded
+
+
+def _encode_rows(
+    x: Tensor, mode: int, eps: float, bits: int, group_size: int, seed: int | None
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    kernel = _kernel("encode_rows", x.dtype)
+    if kernel is None:
+        return None
+    x = x.contiguous()
+    rows, count = x.shape
+    packed = x.new_empty(rows, codec.packed_width(count, bits), dtype=torch.uint8)
+    scales = x.new_empty(rows, -(-count // group_size), 2, dtype=torch.bfloat16)
+    rstd = x.new_empty(rows if mode else 0, dtype=torch.float32)
+    if x.numel():
+        kernel(
+            _pointer(x), *_long(rows, count), mode, ctypes.c_float(eps), bits, *_long(group_size), _seed(seed),
+            _pointer(packed), _pointer(scales), _pointer(rstd), torch.get_num_threads(),
+        )  # fmt: skip
+    return packed, scales, rstd
+
+
+def decode_groups(
+    packed: Tensor, scales: Tensor, bits: int, group_size: int, count: int, dtype: torch.dtype
+) -> Tensor:
+    kernel = _kernel("decode_rows", dtype)
+    if kernel is None:
+        return reference.decode_groups(packed, scales, bits, group_size, count, dtype)
+    packed, scales = packed.contiguous(), scales.contiguous()
+    values = packed.new_empty(packed.shape[0], count, dtype=dtype)
+    if values.numel():
+        kernel(
+            _pointer(packed), _pointer(scales), *_long(packed.shape[0], count), bits, *_long(group_size),
+            _pointer(values), torch.get_num_threads(),
+        )  # fmt: skip
+    return values
+
+
+def norm_backward(
+    grad: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    center: bool,
+    bits: int,
+    group_size: int,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernel = _kernel("norm_backward", grad.dtype)
+    if kernel is None or rstd.dtype != torch.float32:
+        return reference.norm_backward(grad, packed, scales, rstd, weight, center, bits, group_size, wanted)
+    grad, packed, scales, rstd = (t.contiguous() for t in (grad, packed, scales, rstd))
+    weight = None if weight is None else weight.to(torch.float32).contiguous()
+    rows, count = grad.shape
+    d_x = torch.empty_like(grad) if wanted[0] else grad.new_empty(0)
+    d_weight, d_bias = (grad.new_zeros(count if want else 0, dtype=torch.float32) for want in wanted[1:])
+    if grad.numel():
+        threads = torch.get_num_threads()
+        sums = torch.zeros(threads * 2 * count if any(wanted[1:]) else 0, dtype=torch.float32)
+        kernel(
+            _pointer(grad), _pointer(packed), _pointer(scales), _pointer(rstd), _pointer(weight), *_long(rows, count),
+            int(center), bits, *_long(group_size), _pointer(d_x), _pointer(d_weight), _pointer(d_bias), _pointer(sums),
+            threads,
+        )  # fmt: skip
+    return d_x, d_weight, d_bias
+
+
+def encode_heads(
+    x: Tensor, bits: int, group_size: int, center: bool, keep_mean: bool, seed: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernel = _kernel("encode_heads", x.dtype)
+    if kernel is None:
+        return reference.encode_heads(x, bits, group_size, center, keep_mean, seed)
+    x = x if x.stride(3) == 1 else x.contiguous()
+    samples, heads, tokens, dim = x.shape
+    packed = x.new_empty(samples, heads, tokens, codec.packed_width(dim, bits), dtype=torch.uint8)
+    scales = x.new_empty(samples, heads, tokens, -(-dim // group_size), 2, dtype=torch.bfloat16)
+    kept = center and keep_mean and tokens
+    mean = x.new_empty((samples, heads, 1, dim) if kept else 0, dtype=torch.bfloat16)
+    if x.numel():
+        kernel(
+            _pointer(x), *_long(samples, heads, tokens, dim, *x.stride()[:3]), int(center), bits, *_long(group_size),
+            _seed(seed), _pointer(packed), _pointer(scales), _pointer(mean), torch.get_num_threads(),
+        )  # fmt: skip
+    return packed, scales, mean
+
+
+def attention_backward(
+    grad: Tensor,
+    query: list[Tensor],
+    key: list[Tensor],
+    value: list[Tensor],
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    bits: int,
+    group_size: int,
+    dim: int,
+    mask_wanted: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    coded, dims = (query, key, value), (dim, dim, grad.shape[3])
+
+    def decode(which: int, samples: slice, heads: slice) -> Tensor:
+        packed, scales = (part[samples, heads] for part in coded[which][:2])
+        mean = coded[which][2]
+        flat = decode_groups(packed.flatten(0, 2), scales.flatten(0, 2), bits, group_size, dims[which], grad.dtype)
+        x = flat.view(*packed.shape[:3], dims[which])
+        return x.add_(mean[samples, heads]) if mean.numel() else x
+
+    shapes = tuple((*parts[0].shape[:3], d) for parts, d in zip(coded, dims))
+    return attention.attention_backward(grad, decode, shapes, mask, is_causal, scale, mask_wanted)
