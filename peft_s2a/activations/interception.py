@@ -182,15 +182,23 @@ def _dropout(mode, input, p=0.5, training=True, inplace=False):
 
 @_handles(F.linear)
 def _linear(mode, input, weight, bias=None):
-    if not (mode.config.compress_linear_inputs and weight.requires_grad):
+    if not weight.requires_grad:
         return NotImplemented
-    return functional.linear(input, weight, bias, quantizer=mode.quantizer("linear"))
+    if mode.config.compress_linear_inputs:
+        return functional.linear(input, weight, bias, quantizer=mode.quantizer("linear"))
+    if not torch.compiler.is_compiling() and input.untyped_storage().nbytes() > 2 * input.nbytes:
+        input = input.clone()  # a head reads one token: keep that, not all tokens it is a view of
+    return F.linear(input, weight, bias)
 
 
 @_handles(F.conv1d, F.conv2d, F.conv3d)
 def _convolution(mode, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
-    if input.dim() != weight.dim() or isinstance(padding, str):
+    if input.dim() != weight.dim():
         return NotImplemented
+    if isinstance(padding, str):
+        padding = _padding(padding, weight.shape[2:], dilation)
+        if padding is None:
+            return NotImplemented
     if not weight.requires_grad:
         return shapes.frozen_convolution(input, weight, bias, stride, padding, dilation, False, 0, groups)
     if mode.config.compress_linear_inputs and weight.dim() == 4:
@@ -198,6 +206,15 @@ def _convolution(mode, input, weight, bias=None, stride=1, padding=0, dilation=1
             input, weight, bias, stride, padding, dilation, groups, quantizer=mode.quantizer("linear")
         )
     return NotImplemented
+
+
+def _padding(name: str, kernel: torch.Size, dilation: int | tuple[int, ...]) -> list[int] | None:
+    """Numbers for "valid" and "same" padding; None where "same" is more on one side than on the other."""
+    if name == "valid":
+        return [0] * len(kernel)
+    dilations = [dilation] * len(kernel) if isinstance(dilation, int) else dilation
+    both_sides = [d * (k - 1) for d, k in zip(dilations, kernel)]
+    return [total // 2 for total in both_sides] if all(total % 2 == 0 for total in both_sides) else None
 
 
 @_handles(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)

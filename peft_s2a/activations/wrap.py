@@ -112,7 +112,7 @@ def quantize_activations(
         )
     blocks = set(_repeated_blocks(model))
     for name, module in model.named_modules():
-        if config.skips(name) or not _has_operators(module, config):
+        if config.skips(name) or not _has_operators(module):
             _restore(module)
             continue
         tile_dim = 0 if module in blocks else 1 if _is_mlp(module) else None
@@ -134,9 +134,7 @@ def _restore(module: nn.Module) -> None:
         del module._activation_settings
 
 
-def _has_operators(module: nn.Module, config: ActivationQuantizationConfig) -> bool:
-    if isinstance(module, nn.Linear):
-        return config.compress_linear_inputs
+def _has_operators(module: nn.Module) -> bool:
     return not isinstance(module, (*_LEFT_ALONE, AuxiliaryTrainingWrapper)) and hasattr(type(module), "forward")
 
 

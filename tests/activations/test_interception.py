@@ -100,6 +100,8 @@ OPERATORS = {
     "norm of everything": torch.linalg.vector_norm,
     "frozen conv1d": lambda x: F.conv1d(x, kernel(4, TOKENS, 3), padding=1),
     "frozen conv2d": lambda x: F.conv2d(windows(x), kernel(4, 1, 3, 2), stride=(2, 3), padding=(1, 0), dilation=2),
+    "frozen conv2d same": lambda x: F.conv2d(windows(x), kernel(4, 1, 3, 5), padding="same"),
+    "frozen conv2d valid": lambda x: F.conv2d(windows(x), kernel(4, 1, 3, 2), padding="valid", dilation=(1, 2)),
     "frozen depthwise conv2d": lambda x: F.conv2d(
         x.unsqueeze(-1), kernel(TOKENS, 1, 3, 1), None, 2, (1, 0), 1, TOKENS
     ),
@@ -215,8 +217,8 @@ class TestOperators:
         (actual,) = torch.autograd.grad((y * weight).sum(), convolution.bias)
         torch.testing.assert_close(actual, expected)
 
-    def test_trained_convolutions_and_string_padding_are_left_alone(self):
-        for convolution in (nn.Conv2d(1, 3, 3), nn.Conv2d(1, 3, 3, padding="same").requires_grad_(False)):
+    def test_trained_convolutions_and_uneven_padding_are_left_alone(self):
+        for convolution in (nn.Conv2d(1, 3, 3), nn.Conv2d(1, 3, 2, padding="same").requires_grad_(False)):
             x = torch.randn(2, 1, 6, 6, requires_grad=True)
             expected = torch.autograd.grad(convolution(x).sum(), x)
             with mode():
@@ -243,6 +245,21 @@ class TestOperators:
                 del mask
         assert len(storages) == 4
         assert storages[0] == storages[1] != storages[2] == storages[3]
+
+    def test_head_that_reads_one_token_keeps_one_token(self):
+        head = nn.Linear(WIDTH, 3).double()
+        _, x = inputs(BATCH, TOKENS, WIDTH)
+        storages = []
+
+        def pack(t):
+            storages.append(t.untyped_storage().nbytes())
+            return t
+
+        with mode(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y = head(x[:, 0])
+        assert max(storages) < x.nbytes / 4
+        (gradient,) = torch.autograd.grad(y.sum(), head.weight)
+        torch.testing.assert_close(gradient, x[:, 0].sum(0).expand(3, -1))
 
     def test_trained_linear_inputs_are_compressed_on_request_only(self):
         linear = nn.Linear(WIDTH, WIDTH).double()
