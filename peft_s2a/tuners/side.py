@@ -227,6 +227,7 @@ class SideLayer(AttachedLayer):
 
     def _merge_adapter(self, adapter_name: str, sign: int) -> dict[nn.Parameter, torch.Tensor]:
         weight = self._ends()[0].weight
-        up, down = self.s2a_up[adapter_name].data.float(), self.s2a_down[adapter_name].float()
+        like = {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
+        up, down = self.s2a_up[adapter_name].data.to(**like), self.s2a_down[adapter_name].to(**like)
         delta = (up @ down.flatten(1)).reshape(weight.shape) * self.scaling[adapter_name]
-        return {weight: weight.data + sign * delta.to(weight.device)}
+        return {weight: weight.data + sign * delta}
