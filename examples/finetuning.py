@@ -17,6 +17,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
 from peft_s2a import S2ABiasConfig, S2AConfig, S2APromptConfig, S2ASideConfig
+from peft_s2a.activations.config import ActivationQuantizationConfig
 from peft_s2a.tuners.targets import FUSED_NAMES, QUERY_NAMES, VALUE_NAMES, find_task_heads
 
 
@@ -67,6 +68,10 @@ class MethodArguments:
         default="residual", metadata={"help": "S2A's side branches: beside each module, or beside the backbone."}
     )
     num_prompt_tokens: int | None = field(default=None, metadata={"help": "S2A's prompt tokens per attention layer."})
+    activation_bits: int = field(
+        default=4,
+        metadata={"help": "Bits of the activations S2A keeps for backward: 1, 2, 3, 4, 8; 0: full precision."},
+    )
     target_modules: list[str] | None = field(
         default=None, metadata={"help": "Modules to adapt, for S2A and LoRA. None: chosen from the model."}
     )
@@ -194,33 +199,28 @@ def lora_targets(model: PreTrainedModel) -> list[str]:
     return projections or linears or convolutions
 
 
-def _given(**options: Any) -> dict[str, Any]:
-    """The options that were set: the configurations know their own defaults."""
-    return {name: value for name, value in options.items() if value is not None}
+def _s2a_options(args: MethodArguments, *names: str) -> dict[str, Any]:
+    """What all S2A configurations take, and those of the options `names` that were set: the others have defaults there."""
+    options = {name: getattr(args, name) for name in ("target_modules", *names) if getattr(args, name) is not None}
+    quantization = ActivationQuantizationConfig(bits=args.activation_bits) if args.activation_bits else None
+    return {"activation_quantization": quantization, **options}
 
 
 def _s2a(model: PreTrainedModel, args: MethodArguments) -> PeftConfig:
-    return S2AConfig(
-        structures=("side",) if args.side_mode == "ladder" else ("bias", "prompt", "side"),
-        side_mode=args.side_mode,
-        **_given(
-            side_rank=args.side_rank, num_prompt_tokens=args.num_prompt_tokens, target_modules=args.target_modules
-        ),
-    )
+    structures = ("side",) if args.side_mode == "ladder" else ("bias", "prompt", "side")
+    return S2AConfig(structures=structures, **_s2a_options(args, "side_mode", "side_rank", "num_prompt_tokens"))
 
 
 def _s2a_bias(model: PreTrainedModel, args: MethodArguments) -> PeftConfig:
-    return S2ABiasConfig(**_given(target_modules=args.target_modules))
+    return S2ABiasConfig(**_s2a_options(args))
 
 
 def _s2a_prompt(model: PreTrainedModel, args: MethodArguments) -> PeftConfig:
-    return S2APromptConfig(**_given(num_prompt_tokens=args.num_prompt_tokens, target_modules=args.target_modules))
+    return S2APromptConfig(**_s2a_options(args, "num_prompt_tokens"))
 
 
 def _s2a_side(model: PreTrainedModel, args: MethodArguments) -> PeftConfig:
-    return S2ASideConfig(
-        side_mode=args.side_mode, **_given(side_rank=args.side_rank, target_modules=args.target_modules)
-    )
+    return S2ASideConfig(**_s2a_options(args, "side_mode", "side_rank"))
 
 
 def _lora(model: PreTrainedModel, args: MethodArguments) -> PeftConfig:

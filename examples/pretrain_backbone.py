@@ -47,7 +47,7 @@ Weights are stored in float16 and load as float32.
 * Test accuracy: **{accuracy:.2%}** on the {test_images:,} test images, measured through these files.
 * Data: [Fashion-MNIST](https://github.com/zalandoresearch/fashion-mnist) (Xiao, Rasul, Vollgraf 2017; MIT licence,
   copyright Zalando SE), {train_images:,} training images.
-* Made by: `{command}` (seed {seed}, {epochs} epochs, {minutes:.0f} minutes on {threads} CPU threads, torch {torch}).
+* Made by: `{command}` (seed {seed}, {epochs} epochs, {minutes:.0f} minutes on {threads} CPU thread(s), torch {torch}).
 
 ```python
 from transformers import AutoModelForImageClassification
