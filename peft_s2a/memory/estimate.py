@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -77,45 +78,47 @@ def estimate_memory(
         ) from error
 
 
-def largest_batch_size(report: Callable[[int], MemoryReport], budget: int, limit: int = 1 << 16) -> int:
+def largest_batch_size(
+    report: Callable[[int], MemoryReport], budget: int, *, start: int = 8, limit: int = 1 << 16
+) -> int:
     """The largest batch size whose peak fits into a budget.
 
-    Memory grows very nearly in proportion to the batch, so the size that a line through two known points gives is
-    tried first, and a bracket around the answer closes by bisection.
+    Memory grows very nearly in proportion to the batch, so where a line through the two nearest known points crosses the
+    budget is tried first; what is left of the range is bisected.
 
     Args:
         report: Gives the report at a batch size, such as `lambda n: estimate_memory(model, n)`.
         budget: Bytes for everything: parameters, optimiser state, batch and the step.
+        start: A batch size to begin with.
         limit: The largest size tried.
 
     Returns:
         The size, 0 if not even one sample fits, at most `limit`.
 
     Raises:
-        ValueError: If the budget or the limit is not positive.
+        ValueError: If budget, start or limit is not positive.
     """
-    if budget <= 0 or limit <= 0:
-        raise ValueError(f"budget and limit must be positive, got {budget} and {limit}")
-    peaks = {1: report(1).peak_bytes}
+    for name, value in (("budget", budget), ("start", start), ("limit", limit)):
+        if value <= 0:
+            raise ValueError(f"{name}: must be positive, got {value}")
+    peaks: dict[int, int] = {}
     fits, fails = 0, limit + 1  # the answer lies in [fits, fails)
-    if peaks[1] <= budget:
-        fits = 1
-    else:
-        return 0
-    while fails - fits > 1:
-        if len(peaks) == 1:
-            size = min(8, limit)
-        else:
-            (low, low_peak), (high, high_peak) = sorted(peaks.items(), key=lambda item: abs(item[1] - budget))[:2]
-            slope = (high_peak - low_peak) / (high - low)
-            size = int(low + (budget - low_peak) / slope) if slope > 0 else limit
-            if size in peaks:  # the line says that the answer is here: look at its neighbour
-                size += 1 if size == fits else -1
-            if not fits < size < fails or len(peaks) > 8:
-                size = (fits + fails) // 2 if fails <= limit else min(2 * fits, limit)
+    size = 1
+    while fits < size < fails:
         peaks[size] = report(size).peak_bytes
         fits, fails = (size, fails) if peaks[size] <= budget else (fits, size)
+        size = min(max(start, 2), limit) if len(peaks) == 1 else _guess(peaks, budget, fits, fails)
     return fits
+
+
+def _guess(peaks: Mapping[int, int], budget: int, fits: int, fails: int) -> int:
+    """The batch size to try next, strictly between `fits` and `fails` if anything is."""
+    (a, peak_a), (b, peak_b) = sorted(peaks.items(), key=lambda item: abs(item[1] - budget))[:2]
+    slope = (peak_b - peak_a) / (b - a)
+    crossing = math.floor(a + (budget - peak_a) / slope) if slope > 0 else fails - 1
+    if len(peaks) > 10:  # no line at all
+        return (fits + fails) // 2
+    return min(max(crossing if crossing != fits else fits + 1, fits + 1), fails - 1)
 
 
 def image_batch(model: nn.Module, batch_size: int, image_size: int | tuple[int, int] | None = None) -> dict[str, Any]:

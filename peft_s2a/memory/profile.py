@@ -63,7 +63,7 @@ def profile_memory(
         step()
         seconds = _duration(step, device)
         peak = _allocator_peak(step, device)
-        meter = ProfilerMeter() if device.type == "cpu" else CudaMeter(device)
+        meter = step_meter(device)
         trace = StepTrace(model, batch, step.optimizer, meter)
         with meter, trace:
             step()
@@ -72,6 +72,11 @@ def profile_memory(
     # the allocator's word on the unwatched step stands, and the working set is what nothing else accounts for.
     working = max(peak - report.peak.gradients - report.peak.kept, 0)
     return replace(report, peak=replace(report.peak, working=working))
+
+
+def step_meter(device: torch.device) -> ProfilerMeter | CudaMeter:
+    """What tells the live bytes within operators on `device`, as a context around the step."""
+    return CudaMeter(device) if device.type == "cuda" else ProfilerMeter()
 
 
 class ProfilerMeter:

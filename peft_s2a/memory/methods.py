@@ -1,0 +1,110 @@
+"""The ways of fine-tuning that a plan compares. A method added to the table appears everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way of fine-tuning.
+
+    Attributes:
+        name: Short name.
+        description: What is trained, in a few words.
+        apply: Makes a model trainable this way: changes it or returns a wrapper. Raises ValueError on models that do
+            not support it.
+    """
+
+    name: str
+    description: str
+    apply: Callable[[nn.Module], nn.Module]
+
+
+def _full(model: nn.Module) -> nn.Module:
+    return model
+
+
+def _linear(model: nn.Module) -> nn.Module:
+    heads = _heads(model)
+    if not heads:
+        raise ValueError("the model has no task head to train")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(_in_any(name, heads))
+    return model
+
+
+def _bias(model: nn.Module) -> nn.Module:
+    heads = _heads(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith("bias") or _in_any(name, heads))
+    return model
+
+
+def _lora(model: nn.Module) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    from peft_s2a.tuners.targets import FUSED_NAMES, QUERY_NAMES, VALUE_NAMES
+
+    heads = _heads(model)
+    layers = [(name, layer) for name, layer in model.named_modules() if not _in_any(name, heads)]
+    attention_names = FUSED_NAMES | QUERY_NAMES | VALUE_NAMES
+    targets = [
+        name for name, layer in layers if isinstance(layer, nn.Linear) and name.rpartition(".")[2] in attention_names
+    ] or [name for name, layer in layers if isinstance(layer, nn.Conv2d) and layer.groups == 1]
+    if not targets:
+        raise ValueError("the model has neither query and value projections nor convolutions")
+    return get_peft_model(model, LoraConfig(r=8, target_modules=targets, modules_to_save=heads or None))
+
+
+def _checkpointed(apply: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], nn.Module]:
+    def apply_checkpointed(model: nn.Module) -> nn.Module:
+        if not getattr(model, "supports_gradient_checkpointing", False):
+            raise ValueError(f"{type(model).__name__} does not support gradient checkpointing")
+        model = apply(model)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return model
+
+    return apply_checkpointed
+
+
+def _s2a(**settings: Any) -> Callable[[nn.Module], nn.Module]:
+    def apply(model: nn.Module) -> nn.Module:
+        from peft import get_peft_model
+
+        from peft_s2a import S2AConfig
+
+        return get_peft_model(model, S2AConfig(**settings))
+
+    return apply
+
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method("full", "all parameters", _full),
+        Method("linear", "task head only", _linear),
+        Method("bias", "biases (BitFit) and head", _bias),
+        Method("lora", "LoRA, r = 8 on q and v, or convolutions", _lora),
+        Method("lora+checkpointing", "LoRA, activations recomputed", _checkpointed(_lora)),
+        Method("s2a", "bias, prompt and side", _s2a()),
+        Method("s2a-bias", "S2A, bias only", _s2a(structures=("bias",))),
+        Method("s2a-prompt", "S2A, prompt only", _s2a(structures=("prompt",))),
+        Method("s2a-side", "S2A, side only", _s2a(structures=("side",))),
+        Method("s2a-ladder", "S2A, ladder beside a frozen backbone", _s2a(structures=("side",), side_mode="ladder")),
+    )
+}
+
+
+def _heads(model: nn.Module) -> list[str]:
+    from peft_s2a.tuners.targets import find_task_heads
+
+    return find_task_heads(model)
+
+
+def _in_any(name: str, modules: list[str]) -> bool:
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
