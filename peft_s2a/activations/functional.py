@@ -17,7 +17,7 @@ from torch import Tensor
 from . import ops
 from .activation_functions import activation_function
 from .backends import BACKENDS
-from .codec import WIDTHS
+from .codec import WIDTHS, math_dtype, pack, unpack
 from .levels import CodeTable, code_table
 
 
@@ -234,24 +234,26 @@ def rms_norm(
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, mask, is_causal, scale, quantizer):
-        out = F.scaled_dot_product_attention(query, key, value, mask, 0.0, is_causal, scale=scale)
+    def forward(ctx, query, key, value, mask, dropout_p, is_causal, scale, quantizer):
+        # the random stream is kept, not the mask: backward draws the same mask again
+        random_state = _random_state(query.device) if dropout_p else None
+        out = F.scaled_dot_product_attention(query, key, value, mask, dropout_p, is_causal, scale=scale)
         # A constant added to all keys, or to all values, cancels in dS = P * (dP - rowsum(P * dP)), in dQ = dS K (the rows of
-        # dS sum to zero) and in P: only the query's mean has to be kept.
+        # dS sum to zero) and in P: only the query's mean has to be kept. With dropout the values' does not cancel.
         codes = [
             ops.encode_heads(
                 _with_heads(x),
                 quantizer.bits,
                 quantizer.group_size,
                 quantizer.center_attention,
-                x is query,
+                x is query or dropout_p > 0,
                 quantizer.draw_seed(),
                 quantizer.backend,
             )
             for x in (query, key, value)
         ]
-        ctx.save_for_backward(*codes[0], *codes[1], *codes[2], mask)
-        ctx.is_causal, ctx.scale, ctx.dim = is_causal, scale, query.shape[-1]
+        ctx.save_for_backward(*codes[0], *codes[1], *codes[2], mask, random_state)
+        ctx.dropout_p, ctx.is_causal, ctx.scale, ctx.dim = dropout_p, is_causal, scale, query.shape[-1]
         ctx.quantizer = quantizer
         ctx.shapes = [x.shape for x in (query, key, value)]
         ctx.dtypes = [x.dtype for x in (query, key, value)]
@@ -260,7 +262,9 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         _refuse_double_backward()
-        *codes, mask = ctx.saved_tensors
+        *codes, mask, random_state = ctx.saved_tensors
+        if random_state is not None:
+            return (*_replay(ctx, grad, codes, mask, random_state), None, None, None, None)
         mask_wanted = ctx.needs_input_grad[3]
         scale = 1 / math.sqrt(ctx.dim) if ctx.scale is None else ctx.scale
         *grads, d_mask = ops.attention_backward(
@@ -281,7 +285,31 @@ class _Attention(torch.autograd.Function):
             d.reshape(shape).to(dtype) if wanted else None
             for d, shape, dtype, wanted in zip(grads, ctx.shapes, ctx.dtypes, ctx.needs_input_grad)
         ]
-        return (*grads, d_mask.view(mask.shape).to(mask.dtype) if mask_wanted else None, None, None, None)
+        d_mask = d_mask.view(mask.shape).to(mask.dtype) if mask_wanted else None
+        return (*grads, d_mask, None, None, None, None)
+
+
+def _random_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def _replay(ctx, grad: Tensor, codes: list[Tensor], mask: Tensor | None, random_state: Tensor) -> list[Tensor | None]:
+    """Gradients of attention with dropout: the stock operator again, whole, on the decoded tensors and the same mask."""
+    inputs = []
+    for which, (shape, dtype) in enumerate(zip(ctx.shapes, ctx.dtypes)):
+        packed, scales, mean = codes[3 * which : 3 * which + 3]
+        settings = ctx.quantizer.bits, ctx.quantizer.group_size, shape[-1], dtype, ctx.quantizer.backend
+        x = ops.decode_groups(packed.flatten(0, 2), scales.flatten(0, 2), *settings).view(*packed.shape[:3], shape[-1])
+        inputs.append((x.add_(mean) if mean.numel() else x).view(shape))
+    inputs.append(mask)
+    devices = [grad.device] if grad.is_cuda else []
+    with torch.random.fork_rng(devices), torch.enable_grad():
+        torch.cuda.set_rng_state(random_state, grad.device) if devices else torch.set_rng_state(random_state)
+        inputs = [None if x is None else x.detach() for x in inputs]
+        wanted = [x.requires_grad_() for x, want in zip(inputs, ctx.needs_input_grad) if want]
+        out = F.scaled_dot_product_attention(*inputs, ctx.dropout_p, ctx.is_causal, scale=ctx.scale)
+        grads = iter(torch.autograd.grad(out, wanted, grad.to(out.dtype)))
+    return [next(grads) if want else None for want in ctx.needs_input_grad[:4]]
 
 
 def _with_heads(x: Tensor) -> Tensor:
@@ -306,6 +334,7 @@ def scaled_dot_product_attention(
     backward, a few samples, heads or query rows at a time. Nothing of size L x S is kept; the mask is kept as a reference.
 
     Args: as the stock function, without grouped-query head counts. An additive ``attn_mask`` that needs a gradient gets one.
+    Dropout is replayed in backward from the kept state of the random generator, in one piece.
     With five or more dimensions, or batch dimensions that broadcast against each other, this is the stock call in full
     precision.
 
@@ -317,6 +346,387 @@ def scaled_dot_product_attention(
     batched = query.dim() <= 4 and len({x.shape[:-2] for x in tensors}) == 1
     if not _recording(*tensors, attn_mask) or not batched:
         return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
-    if dropout_p:
-        raise NotImplementedError("dropout")
-    return _Attention.apply(query, key, value, attn_mask, is_causal, scale, quantizer)
+    return _Attention.apply(query, key, value, attn_mask, dropout_p, is_causal, scale, quantizer)
+
+
+class _Softmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, dim, quantizer):
+        p = F.softmax(x, dim)
+        rows = p.movedim(dim, -1)
+        ctx.dim, ctx.count, ctx.dtype, ctx.quantizer = dim, rows.shape[-1], x.dtype, quantizer
+        # square roots: most probabilities are small, and an even grid would code them all as zero
+        ctx.save_for_backward(*_encode_rows(rows.reshape(-1, ctx.count).sqrt(), quantizer))
+        return p
+
+    @staticmethod
+    def backward(ctx, grad):
+        _refuse_double_backward()
+        rows = grad.movedim(ctx.dim, -1)
+        p = _decode_rows(*ctx.saved_tensors, ctx.quantizer, ctx.count, grad.dtype).square_()
+        p /= p.sum(-1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)  # so that the gradient sums to zero
+        d_x = torch._softmax_backward_data(rows.reshape(p.shape), p, -1, p.dtype)
+        return d_x.view(rows.shape).movedim(-1, ctx.dim).to(ctx.dtype), None, None
+
+
+def _encode_rows(rows: Tensor, quantizer: Quantizer) -> tuple[Tensor, Tensor]:
+    return ops.encode_groups(rows, quantizer.bits, quantizer.group_size, quantizer.draw_seed(), quantizer.backend)
+
+
+def _decode_rows(packed: Tensor, scales: Tensor, quantizer: Quantizer, count: int, dtype: torch.dtype) -> Tensor:
+    return ops.decode_groups(packed, scales, quantizer.bits, quantizer.group_size, count, dtype, quantizer.backend)
+
+
+def softmax(x: Tensor, dim: int, *, quantizer: Quantizer) -> Tensor:
+    """`torch.nn.functional.softmax`; keeps b-bit square roots of the probabilities, in groups along ``dim``.
+
+    dx = p (dy - sum(dy p)), with the decoded p scaled to sum to one. Coding the square root is our choice.
+    """
+    if not _recording(x) or x.dim() == 0:
+        return F.softmax(x, dim)
+    return _Softmax.apply(x, dim, quantizer)
+
+
+class _GatedActivation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up, name, params, quantizer):
+        ctx.name, ctx.params, ctx.quantizer = name, params, quantizer
+        ctx.dtypes = gate.dtype, up.dtype
+        ctx.save_for_backward(
+            *(part for x in (gate, up) for part in _encode_rows(x.reshape(-1, x.shape[-1]), quantizer))
+        )
+        return activation_function(name).forward(gate, **params) * up
+
+    @staticmethod
+    def backward(ctx, grad):
+        _refuse_double_backward()
+        rows = grad.reshape(-1, grad.shape[-1])
+        saved = ctx.saved_tensors
+        gate, up = (_decode_rows(*saved[i : i + 2], ctx.quantizer, rows.shape[1], grad.dtype) for i in (0, 2))
+        with torch.enable_grad():
+            activated = activation_function(ctx.name).forward(gate.requires_grad_(), **ctx.params)
+        d_up = (rows * activated.detach()).view(grad.shape).to(ctx.dtypes[1])
+        (d_gate,) = torch.autograd.grad(activated, gate, up.mul_(rows))
+        return d_gate.view(grad.shape).to(ctx.dtypes[0]), d_up, None, None, None
+
+
+def gated_activation(gate: Tensor, up: Tensor, name: str, *, quantizer: Quantizer, **params: float) -> Tensor:
+    """``f(gate) * up`` of gated MLPs (SwiGLU, GEGLU: Shazeer 2020), two tensors of one shape; keeps b-bit codes of both.
+
+    d gate = dy up f'(gate), d up = dy f(gate), with the decoded factors. Factors that broadcast run in full precision.
+    """
+    function = activation_function(name)
+    if not _recording(gate, up) or gate.shape != up.shape or gate.dim() == 0:
+        return function.forward(gate, **params) * up
+    return _GatedActivation.apply(gate, up, name, params, quantizer)
+
+
+def _per_channel(x: Tensor | None, like: Tensor) -> Tensor | None:
+    """``x`` (``[C]``) shaped to broadcast against ``like`` (``[B, C, ...]``)."""
+    return None if x is None else x.view(1, -1, *[1] * (like.dim() - 2))
+
+
+def _not_channels(x: Tensor) -> list[int]:
+    return [d for d in range(x.dim()) if d != 1]
+
+
+class _GroupNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, num_groups, eps, quantizer):
+        y = F.group_norm(x, num_groups, weight, bias, eps)
+        kept = (None, None, None)
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+            rows = x.reshape(x.shape[0] * num_groups, -1)
+            kept = ops.encode_norm(
+                rows, eps, True, quantizer.bits, quantizer.group_size, quantizer.draw_seed(), quantizer.backend
+            )
+        ctx.save_for_backward(*kept, weight)
+        ctx.num_groups, ctx.quantizer, ctx.dtype = num_groups, quantizer, x.dtype
+        ctx.parameter_dtypes = [None if p is None else p.dtype for p in (weight, bias)]
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        _refuse_double_backward()
+        packed, scales, rstd, weight = ctx.saved_tensors
+        quantizer, others = ctx.quantizer, _not_channels(grad)
+        d_x = d_weight = d_bias = None
+        if ctx.needs_input_grad[0]:
+            g = grad if weight is None else grad * _per_channel(weight, grad).to(grad.dtype)
+            d_x, _, _ = ops.norm_backward(
+                g.reshape(rstd.shape[0], -1), packed, scales, rstd, None, True, quantizer.bits, quantizer.group_size,
+                [True, False, False], quantizer.backend,
+            )  # fmt: skip
+            d_x = d_x.view(grad.shape).to(ctx.dtype)
+        if ctx.needs_input_grad[1]:
+            count = grad.numel() // max(rstd.shape[0], 1)
+            x_hat = _decode_rows(packed, scales, quantizer, count, grad.dtype).view(grad.shape)
+            d_weight = x_hat.mul_(grad).sum(others).to(ctx.parameter_dtypes[0])
+        if ctx.needs_input_grad[2]:
+            d_bias = grad.sum(others).to(ctx.parameter_dtypes[1])
+        return d_x, d_weight, d_bias, None, None, None
+
+
+def group_norm(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    quantizer: Quantizer,
+) -> Tensor:
+    """`torch.nn.functional.group_norm`; keeps b-bit normalised values and one reciprocal deviation a group."""
+    if not _recording(x, weight, bias) or x.numel() == 0:
+        return F.group_norm(x, num_groups, weight, bias, eps)
+    return _GroupNorm.apply(x, weight, bias, num_groups, eps, quantizer)
+
+
+class _BatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, running_mean, running_var, live, momentum, eps, quantizer):
+        others = _not_channels(x)
+        if live:
+            var, mean = torch.var_mean(x.to(math_dtype(x.dtype)), others, correction=0)
+        else:
+            mean, var = running_mean, running_var
+        rstd = (var.to(math_dtype(x.dtype)) + eps).rsqrt()
+        y = F.batch_norm(x, running_mean, running_var, weight, bias, live, momentum, eps)
+        codes = (None, None)
+        # with frozen statistics dx = dy * weight * rstd needs nothing of x
+        if ctx.needs_input_grad[1] or (live and ctx.needs_input_grad[0]):
+            x_hat = (x - _per_channel(mean, x)).mul_(_per_channel(rstd, x))
+            codes = _encode_rows(x_hat.flatten(1), quantizer)
+        ctx.save_for_backward(*codes, rstd, weight)
+        ctx.live, ctx.quantizer, ctx.dtype = live, quantizer, x.dtype
+        ctx.parameter_dtypes = [None if p is None else p.dtype for p in (weight, bias)]
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        _refuse_double_backward()
+        packed, scales, rstd, weight = ctx.saved_tensors
+        others = _not_channels(grad)
+        x_hat = d_x = d_weight = d_bias = None
+        if packed is not None:
+            count = grad.numel() // grad.shape[0]
+            x_hat = _decode_rows(packed, scales, ctx.quantizer, count, grad.dtype).view(grad.shape)
+            along = (x_hat * grad).sum(others)
+        if ctx.needs_input_grad[0]:
+            scale = rstd if weight is None else rstd * weight
+            d_x = grad
+            if ctx.live:
+                count = grad.numel() // grad.shape[1]
+                d_x = grad - _per_channel(grad.sum(others) / count, grad)
+                d_x -= x_hat.mul_(_per_channel(along / count, grad))
+            d_x = (d_x * _per_channel(scale, grad)).to(ctx.dtype)
+        if ctx.needs_input_grad[1]:
+            d_weight = along.to(ctx.parameter_dtypes[0])
+        if ctx.needs_input_grad[2]:
+            d_bias = grad.sum(others).to(ctx.parameter_dtypes[1])
+        return d_x, d_weight, d_bias, None, None, None, None, None, None
+
+
+def batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    quantizer: Quantizer,
+) -> Tensor:
+    """`torch.nn.functional.batch_norm`.
+
+    With live statistics (``training``, or no running ones) keeps b-bit normalised values; with frozen statistics one number a
+    channel, and the codes only if ``weight`` is trained.
+    """
+    if not _recording(x, weight, bias) or x.numel() == 0:
+        return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    live = training or running_mean is None
+    return _BatchNorm.apply(x, weight, bias, running_mean, running_var, live, momentum, eps, quantizer)
+
+
+class _MaxPool2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, kernel, stride, padding, dilation, ceil_mode, backend):
+        y, index = F.max_pool2d_with_indices(x, kernel, stride, padding, dilation, ceil_mode)
+        offset = 0
+        for d, position in zip((0, 1), (index // x.shape[-1], index % x.shape[-1])):
+            start = torch.arange(y.shape[d - 2], device=x.device) * stride[d] - padding[d]
+            position -= start.view(-1, *[1] * (1 - d))
+            offset = offset * kernel[d] + position.div_(dilation[d], rounding_mode="floor")
+        ctx.bits = next(bits for bits in WIDTHS if 2**bits >= kernel[0] * kernel[1])
+        ctx.save_for_backward(pack(offset.to(torch.uint8).view(1, -1), ctx.bits))
+        ctx.geometry, ctx.shape = (kernel, stride, padding, dilation), x.shape
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        _refuse_double_backward()
+        (packed,) = ctx.saved_tensors
+        kernel, stride, padding, dilation = ctx.geometry
+        offset = unpack(packed, ctx.bits, grad.numel()).view(grad.shape)
+        index = 0
+        for d, part in zip((0, 1), (offset // kernel[1], offset % kernel[1])):
+            start = torch.arange(grad.shape[d - 2], device=grad.device) * stride[d] - padding[d]
+            index = index * ctx.shape[-1] + part.to(torch.int64).mul_(dilation[d]).add_(start.view(-1, *[1] * (1 - d)))
+        d_x = grad.new_zeros(*ctx.shape[:-2], ctx.shape[-2] * ctx.shape[-1])
+        d_x.scatter_add_(-1, index.flatten(-2), grad.flatten(-2))
+        return d_x.view(ctx.shape), None, None, None, None, None, None
+
+
+def _pair(value: int | Sequence[int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[-1])
+
+
+def max_pool2d(
+    x: Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    ceil_mode: bool = False,
+    *,
+    quantizer: Quantizer,
+) -> Tensor:
+    """`torch.nn.functional.max_pool2d`, exactly; keeps each maximum's place in its window, 2 bits for 2 x 2, 4 for 3 x 3.
+
+    Windows of more than 256 places run in full precision.
+    """
+    kernel, step = _pair(kernel_size), _pair(kernel_size if stride in (None, [], ()) else stride)
+    if not _recording(x) or x.numel() == 0 or kernel[0] * kernel[1] > 256:
+        return F.max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode)
+    return _MaxPool2d.apply(x, kernel, step, _pair(padding), _pair(dilation), ceil_mode, quantizer.backend)
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, p):
+        # the stock operator on ones draws the very mask it would draw for x
+        noise = F.dropout(torch.ones_like(x), p)
+        ctx.order, ctx.p = _memory_order(x), p
+        ctx.save_for_backward(ops.encode_steps(_flat(noise, ctx.order), (0.0,), (0, 1), 1, "auto"))
+        return noise.mul_(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        _refuse_double_backward()
+        (packed,) = ctx.saved_tensors
+        d_x = ops.scale_by_levels(_flat(grad, ctx.order), packed, (0.0, 1 / (1 - ctx.p)), 1, "auto")
+        return _unflat(d_x, grad.shape, ctx.order), None
+
+
+def dropout(x: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
+    """`torch.nn.functional.dropout` with the same random numbers; keeps one bit a value."""
+    if not _recording(x) or not training or not 0 < p < 1:
+        return F.dropout(x, p, training)
+    return _Dropout.apply(x, p)
+
+
+class _DropPath(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, p):
+        keep = 1 - p
+        kept = (keep + torch.rand(x.shape[0], dtype=x.dtype, device=x.device)).floor_()
+        ctx.keep, ctx.samples = keep, x.shape[0]
+        ctx.save_for_backward(pack(kept.to(torch.uint8).view(1, -1), 1))
+        return x.div(keep).mul_(kept.view(-1, *[1] * (x.dim() - 1)))
+
+    @staticmethod
+    def backward(ctx, grad):
+        _refuse_double_backward()
+        (packed,) = ctx.saved_tensors
+        kept = unpack(packed, 1, ctx.samples).view(-1, *[1] * (grad.dim() - 1))
+        return grad.div(ctx.keep).mul_(kept), None
+
+
+def drop_path(x: Tensor, p: float = 0.0, training: bool = True) -> Tensor:
+    """Stochastic depth (Huang et al. 2016): drops whole samples (first dimension), as `transformers`' ``drop_path`` does with the
+    same random numbers; keeps one bit a sample."""
+    if not training or p == 0:
+        return x
+    return _DropPath.apply(x, p)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, quantizer):
+        y = F.linear(x, weight, bias)
+        codes = (None, None)
+        if ctx.needs_input_grad[1]:
+            codes = _encode_rows(x.reshape(-1, x.shape[-1]), quantizer)
+        ctx.save_for_backward(*codes, weight if ctx.needs_input_grad[0] else None)
+        ctx.quantizer, ctx.count = quantizer, x.shape[-1]
+        ctx.dtypes = [None if t is None else t.dtype for t in (x, weight, bias)]
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        _refuse_double_backward()
+        packed, scales, weight = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])
+        d_x = d_weight = d_bias = None
+        if ctx.needs_input_grad[0]:
+            d_x = (grad @ weight.to(grad.dtype)).to(ctx.dtypes[0])
+        if ctx.needs_input_grad[1]:
+            x = _decode_rows(packed, scales, ctx.quantizer, ctx.count, grad.dtype)
+            d_weight = (rows.T @ x).to(ctx.dtypes[1])
+        if ctx.needs_input_grad[2]:
+            d_bias = rows.sum(0).to(ctx.dtypes[2])
+        return d_x, d_weight, d_bias, None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, quantizer: Quantizer) -> Tensor:
+    """`torch.nn.functional.linear` whose trained weight (``[out, in]``) keeps b-bit inputs: dW = dy^T x with the decoded x."""
+    if not _recording(x, weight, bias) or x.numel() == 0 or weight.dim() != 2:
+        return F.linear(x, weight, bias)
+    return _Linear.apply(x, weight, bias, quantizer)
+
+
+class _Conv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, stride, padding, dilation, groups, quantizer):
+        y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        codes = _encode_rows(x.flatten(1), quantizer) if ctx.needs_input_grad[1] else (None, None)
+        ctx.save_for_backward(*codes, weight)
+        ctx.geometry = stride, padding, dilation, False, (0, 0), groups
+        ctx.quantizer, ctx.shape = quantizer, x.shape
+        ctx.dtypes = [None if t is None else t.dtype for t in (x, weight, bias)]
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        _refuse_double_backward()
+        packed, scales, weight = ctx.saved_tensors
+        if packed is None:
+            x = grad.new_empty(1).expand(ctx.shape)  # only its shape is read
+        else:
+            x = _decode_rows(packed, scales, ctx.quantizer, math.prod(ctx.shape[1:]), grad.dtype).view(ctx.shape)
+        wanted = ctx.needs_input_grad[:3]
+        bias_sizes = None if ctx.dtypes[2] is None else [weight.shape[0]]
+        grads = torch.ops.aten.convolution_backward(
+            grad, x, weight.to(grad.dtype), bias_sizes, *ctx.geometry, list(wanted)
+        )
+        grads = [d.to(dtype) if want else None for d, dtype, want in zip(grads, ctx.dtypes, wanted)]
+        return (*grads, None, None, None, None, None)
+
+
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    quantizer: Quantizer,
+) -> Tensor:
+    """`torch.nn.functional.conv2d` (input ``[B, C, H, W]``, padding in numbers) whose trained weight keeps b-bit inputs."""
+    if not _recording(x, weight, bias) or x.numel() == 0 or x.dim() != 4 or isinstance(padding, str):
+        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    return _Conv2d.apply(x, weight, bias, _pair(stride), _pair(padding), _pair(dilation), groups, quantizer)

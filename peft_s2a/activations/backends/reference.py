@@ -83,7 +83,7 @@ def norm_backward(
 def encode_heads(
     x: Tensor, bits: int, group_size: int, center: bool, keep_mean: bool, seed: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    samples, heads, tokens, dim = x.shape
+    samples, heads, tokens, _ = x.shape
     x = x.to(codec.math_dtype(x.dtype))
     mean = x.new_empty(0, dtype=torch.bfloat16)
     if center and tokens:
