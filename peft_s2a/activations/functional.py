@@ -631,7 +631,7 @@ class _DropPath(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, p):
         keep = 1 - p
-        kept = (keep + torch.rand(x.shape[0], dtype=x.dtype, device=x.device)).floor_()
+        kept = torch.rand(x.shape[0], dtype=x.dtype, device=x.device).add_(keep).floor_()
         ctx.keep, ctx.samples = keep, x.shape[0]
         ctx.save_for_backward(pack(kept.to(torch.uint8).view(1, -1), 1))
         return x.div(keep).mul_(kept.view(-1, *[1] * (x.dim() - 1)))
@@ -645,8 +645,8 @@ class _DropPath(torch.autograd.Function):
 
 
 def drop_path(x: Tensor, p: float = 0.0, training: bool = True) -> Tensor:
-    """Stochastic depth (Huang et al. 2016): drops whole samples (first dimension), as `transformers`' ``drop_path`` does with the
-    same random numbers; keeps one bit a sample."""
+    """Stochastic depth (Huang et al. 2016): drops whole samples (first dimension), as the DropPath modules of `transformers`
+    do, with the same random numbers; keeps one bit a sample."""
     if not training or p == 0:
         return x
     return _DropPath.apply(x, p)

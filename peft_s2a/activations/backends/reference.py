@@ -9,7 +9,7 @@ from . import attention
 
 def encode_steps(x: Tensor, thresholds: list[float], codes: list[int], bits: int) -> Tensor:
     edges = torch.tensor(thresholds, dtype=codec.math_dtype(x.dtype), device=x.device)
-    interval = torch.bucketize(x.to(edges.dtype), edges, out_int32=True)
+    interval = torch.bucketize(x.to(edges.dtype).contiguous(), edges, out_int32=True)
     chosen = torch.tensor(codes, dtype=torch.uint8, device=x.device)[interval]
     return codec.pack(chosen.view(1, -1), bits).view(-1)
 
