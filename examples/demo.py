@@ -143,11 +143,14 @@ def compare(train: list[dict], test: list[dict], args: Arguments) -> tuple[Table
                 runs[method].append(run(method, learning_rate, seed, train, test, args))
                 progress.update()
     table = Table(
-        "method", "accuracy, %", "trainable parameters", "saved activations, KiB/image", "peak, MiB", "time, s",
         title=f"{len(train)} training images, {len(test)} test images, {args.num_train_epochs} epochs, "
         f"batches of {args.batch_size}, {len(args.seeds)} seeds",
-        caption="accuracy: mean and standard deviation over the seeds; peak: one training step, above parameters and optimizer",
-    )  # fmt: skip
+        caption="Accuracy: mean and standard deviation over the seeds. Activations: kept for backward. "
+        "Peak: what a training step adds to parameters and optimizer state.",
+    )
+    table.add_column("method", no_wrap=True)
+    for heading in ("accuracy\n%", "trainable\nparameters", "activations\nKiB/image", "peak\nMiB", "training\ns"):
+        table.add_column(heading, justify="right", no_wrap=True)
     batch = default_data_collator(train[: args.batch_size])
     for method, results in runs.items():
         memory = profile_memory(results[0].model, batch)

@@ -177,6 +177,15 @@ class TestMethods:
         assert configs["s2a_side"].side_rank == 5
         assert (configs["lora"].r, configs["lora"].lora_alpha) == (2, 7)
 
+    @pytest.mark.parametrize("method", [name for name in METHODS if name.startswith("s2a")])
+    def test_s2a_keeps_4_bit_activations_unless_told_otherwise(self, checkpoint, method):
+        model, _ = load_backbone(ModelArguments(str(checkpoint)), list(CLASSES))
+        default, two, full = (
+            METHODS[method].config(model, MethodArguments(method=method, **options)).activation_quantization
+            for options in ({}, {"activation_bits": 2}, {"activation_bits": 0})
+        )
+        assert (default.bits, two.bits, full) == (4, 2, None)
+
     def test_a_ladder_is_of_side_branches_only(self, checkpoint):
         model, _ = load_backbone(ModelArguments(str(checkpoint)), list(CLASSES))
         config = METHODS["s2a"].config(model, MethodArguments(method="s2a", side_mode="ladder"))
