@@ -73,7 +73,7 @@ class _S2ABaseConfig(PeftConfig):
         },
     )
     activation_quantization: ActivationQuantizationConfig | dict[str, Any] | None = field(
-        default=None,
+        default_factory=ActivationQuantizationConfig,
         metadata={"help": "How activations kept for backward are quantised. None: not at all."},
     )
     init_weights: bool = field(
