@@ -274,17 +274,19 @@ def resolve_targets(model: nn.Module, config: _S2ABaseConfig) -> dict[str, list[
     ladder = getattr(config, "side_mode", "residual") == "ladder"
     structures = ("ladder",) if ladder else config.structures
     if config.structure_targets is not None:
-        return _recorded_targets(model, config, structures)
-    if config.target_modules is None:
-        targets = _default_targets(model, config, structures)
+        targets = config.structure_targets
+        _check_recorded_targets(model, config, structures)
     else:
-        targets = _named_targets(model, config, structures)
-    for structure in structures:
-        if not targets[structure]:
-            _raise_no_place(model, config, structure)
-    if statistics := find_statistics(model, config):
-        targets["statistics"] = statistics
-    return targets
+        find = _default_targets if config.target_modules is None else _named_targets
+        targets = find(model, config, structures)
+        for structure in structures:
+            if not targets[structure]:
+                _raise_no_place(model, config, structure)
+        if statistics := find_statistics(model, config):
+            targets["statistics"] = statistics
+    # In the order of the model, which a ladder follows.
+    order = {name: index for index, (name, _) in enumerate(visible_modules(model))}
+    return {structure: sorted(names, key=order.__getitem__) for structure, names in targets.items()}
 
 
 def find_statistics(model: nn.Module, config: _S2ABaseConfig) -> list[str]:
@@ -309,7 +311,7 @@ def recorded_in(state_dict: Iterable[str]) -> dict[str, list[str]]:
     return {structure: list(dict.fromkeys(names)) for structure, names in targets.items()}
 
 
-def _recorded_targets(model: nn.Module, config: _S2ABaseConfig, structures: tuple[str, ...]) -> dict[str, list[str]]:
+def _check_recorded_targets(model: nn.Module, config: _S2ABaseConfig, structures: tuple[str, ...]) -> None:
     modules = dict(visible_modules(model))
     attention = find_attention(model)
     for structure, names in config.structure_targets.items():
@@ -331,11 +333,6 @@ def _recorded_targets(model: nn.Module, config: _S2ABaseConfig, structures: tupl
                     f"`structure_targets` puts {structure!r} on {name!r}, a {type(modules[name]).__name__}, which cannot "
                     "carry it. Use the base model that the adapter was trained with."
                 )
-    # In the order of the model, which a ladder follows.
-    return {
-        structure: [name for name in modules if name in targets]
-        for structure, targets in config.structure_targets.items()
-    }
 
 
 def _can_carry(structure: str, name: str, module: nn.Module, attention: dict[str, Attention]) -> bool:
@@ -344,7 +341,7 @@ def _can_carry(structure: str, name: str, module: nn.Module, attention: dict[str
     if structure == "prompt":
         return name in attention
     if structure == "statistics":
-        return isinstance(module, BATCH_NORMS)
+        return isinstance(module, BATCH_NORMS) and module.track_running_stats
     return side.can_serve(module)
 
 
