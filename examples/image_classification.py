@@ -11,6 +11,7 @@ was cut off goes on with `--resume_from_checkpoint last`. On several GPUs: `acce
 
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from finetuning import (
@@ -55,8 +56,8 @@ def main() -> None:
     model_args, data_args, method_args, args = parser.parse_args_into_dataclasses()
     if args.learning_rate is None:
         args.learning_rate = METHODS[method_args.method].learning_rate
-    if args.resume_from_checkpoint == "last":
-        args.resume_from_checkpoint = get_last_checkpoint(args.output_dir)
+    if args.resume_from_checkpoint == "last":  # none yet: a run that starts now
+        args.resume_from_checkpoint = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
     # The transform makes the columns the model takes, so Trainer must not drop the others before it; and it cannot read
     # the name of the labels off a PeftModel.
     args.remove_unused_columns = False
