@@ -19,8 +19,9 @@ class ActivationQuantizationConfig:
     Args:
         bits: width of a code, 1, 2, 3, 4 or 8, for every operator; or a dict from operator kind ("activation",
             "gated_activation", "norm", "softmax", "attention", "linear"), module name or "default" to a width. A module name,
-            or the end of one ("mlp.activation"), goes before a kind, a longer name before a shorter one; what is not named
-            gets "default", else 4. Piecewise-linear activation functions, max pooling and dropout are exact and ignore it.
+            or the end of one ("mlp.activation"), goes before a kind, a longer name before a shorter one; "name:kind" is for the
+            operators of one kind in that module and goes before the name alone. What is not named gets "default", else 4.
+            Piecewise-linear activation functions, max pooling and dropout are exact and ignore it.
         group_size: neighbouring values that share a scale.
         rounding: "nearest", or "stochastic": unbiased, seeded by torch's default CPU generator.
         levels: fitted derivative levels of activation functions: a dict from module name (or its end) to ``2 ** bits``
@@ -47,6 +48,8 @@ class ActivationQuantizationConfig:
             if not isinstance(key, str) or isinstance(bits, bool) or bits not in WIDTHS:
                 where = "bits" if widths is not self.bits else f"bits[{key!r}]"
                 raise ValueError(f"{where} must be one of {WIDTHS}, not {bits!r}")
+            if ":" in key and key.rpartition(":")[2] not in OPERATOR_KINDS:
+                raise ValueError(f"bits[{key!r}] must name one of the operator kinds {OPERATOR_KINDS} after the colon")
         _check_int("group_size", self.group_size)
         for name, allowed in (("rounding", ROUNDINGS), ("backend", BACKENDS)):
             if getattr(self, name) not in allowed:
@@ -80,7 +83,8 @@ class ActivationQuantizationConfig:
         bits = self.bits
         if isinstance(bits, dict):
             by_name = {name: width for name, width in bits.items() if name not in (*OPERATOR_KINDS, "default")}
-            bits = _by_module_name(by_name, module_name, bits.get(kind, bits.get("default", 4)))
+            of_kind = {name.rpartition(":")[0]: width for name, width in bits.items() if name.endswith(f":{kind}")}
+            bits = _by_module_name({**by_name, **of_kind}, module_name, bits.get(kind, bits.get("default", 4)))
         levels = _by_module_name(self.levels or {}, module_name) if kind == "activation" else None
         return Quantizer(
             bits=bits,
