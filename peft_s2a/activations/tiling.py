@@ -111,14 +111,17 @@ class _Call:
     leaves: list[Any]  # of (args, kwargs)
     spec: Any
     shared: list[int]  # positions in `leaves` of the tensors that need a gradient and are not tiled
+    masks: list[int]  # positions of the tensors that are tiled beside the first and need no gradient
     dim: int
     tiles: list[slice]
     draws: SampleDraws | None
     outputs: list[Any] | None = None  # leaves of the result, _TENSOR where a tensor goes
     output_spec: Any = None
 
-    def run(self, tile: Tensor, shared: Sequence[Tensor]) -> tuple[list[Any], Any]:
+    def run(self, tile: Tensor, rows: slice, shared: Sequence[Tensor]) -> tuple[list[Any], Any]:
         leaves = [tile, *self.leaves[1:]]
+        for position in self.masks:
+            leaves[position] = leaves[position].narrow(self.dim, rows.start, rows.stop - rows.start)
         for position, tensor in zip(self.shared, shared):
             leaves[position] = tensor
         args, kwargs = tree_unflatten(leaves, self.spec)
@@ -192,7 +195,7 @@ def _run_tile(
         if x.requires_grad:
             tile = _Entry.apply(tile, handle)
         entered = [_Entry.apply(tensor.detach(), handle) for tensor in shared]
-        leaves, call.output_spec = call.run(tile, entered)
+        leaves, call.output_spec = call.run(tile, rows, entered)
     results = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     if call.outputs is None:
         call.outputs = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
@@ -249,6 +252,7 @@ def run_tiled(
     parameters: Sequence[Tensor],
     size: int,
     dim: int = 0,
+    masks: Sequence[int] = (),
     draws: bool = False,
 ) -> Any:
     """``function(*args, **kwargs)``, computed ``size`` rows at a time along ``dim`` of the first argument.
@@ -256,9 +260,10 @@ def run_tiled(
     Args:
         function: treats the rows along ``dim`` independently; its result is made (as a pytree) of tensors with a whole multiple
             of the first argument's rows along ``dim``, in the same order, and of other values, equal for all tiles.
-        args, kwargs: the first leaf is the tensor to be tiled; all others are passed whole to every tile.
+        args, kwargs: the first leaf (as pytrees) is the tensor to be tiled; others are passed whole to every tile.
         parameters: the trainable tensors that ``function`` reads, apart from its arguments.
         size: rows in a tile, at least 1; the last one may have fewer.
+        masks: positions of further leaves with the same rows, tiled alike; they need no gradient.
         draws: whether ``function`` draws random numbers, one a sample (see `SampleDraws`).
 
     Raises:
@@ -267,12 +272,13 @@ def run_tiled(
     leaves, spec = tree_flatten((tuple(args), dict(kwargs)))
     x = leaves[0]
     count = x.shape[dim]
-    shared = [i for i, leaf in enumerate(leaves) if i > 0 and isinstance(leaf, Tensor) and leaf.requires_grad]
+    shared = [i for i, leaf in enumerate(leaves) if i and isinstance(leaf, Tensor) and leaf.requires_grad]
     call = _Call(
         function=function,
         leaves=[None, *leaves[1:]],
         spec=spec,
         shared=shared,
+        masks=list(masks),
         dim=dim,
         tiles=[slice(start, min(start + size, count)) for start in range(0, count, size)],
         draws=SampleDraws(count) if draws else None,
@@ -296,7 +302,12 @@ class Certificate:
 
 
 def certify(
-    module: nn.Module, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], dim: int = 0
+    module: nn.Module,
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    dim: int = 0,
+    masks: Sequence[int] = (),
 ) -> Certificate:
     """Find out by trial whether ``function``, the forward of ``module``, treats rows along ``dim`` independently.
 
@@ -308,20 +319,28 @@ def certify(
     """
     # what the trial keeps is of no interest to the hooks of others
     with _tile(), torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
-        return _certify(module, function, args, kwargs, dim)
+        buffers = [(buffer, buffer._version, buffer.clone()) for buffer in module.buffers()]
+        certificate = _certify(module, function, args, kwargs, dim, masks)
+        if any(buffer._version != version for buffer, version, _ in buffers):
+            for buffer, _, before in buffers:  # all: batch normalisation writes some without counting it
+                buffer.copy_(before)
+            return Certificate("it writes buffers")
+        return certificate
 
 
-def _certify(module, function, args, kwargs, dim) -> Certificate:
+def _certify(module, function, args, kwargs, dim, masks) -> Certificate:
     leaves, spec = tree_flatten((tuple(args), dict(kwargs)))
     x = leaves[0].detach()
     others = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves[1:]]
     devices = [x.device] if x.device.type == "cuda" else []
 
     def run(rows: int, tile: Tensor | None = None) -> list[Any]:
-        inner_args, inner_kwargs = tree_unflatten([x.narrow(dim, 0, rows) if tile is None else tile, *others], spec)
+        tiled = [x.narrow(dim, 0, rows) if tile is None else tile, *others]
+        for position in masks:
+            tiled[position] = tiled[position].narrow(dim, 0, rows)
+        inner_args, inner_kwargs = tree_unflatten(tiled, spec)
         return tree_flatten(function(*inner_args, **inner_kwargs))[0]
 
-    versions = {id(buffer): buffer._version for buffer in module.buffers()}
     draws = SampleDraws(2, torch.Generator(x.device) if not _is_fake(x) else None)
     with torch.random.fork_rng(devices):
         before = _random_state(x)
@@ -337,8 +356,6 @@ def _certify(module, function, args, kwargs, dim) -> Certificate:
         with torch.enable_grad():
             tile = x.narrow(dim, 0, 1).requires_grad_()
             graph = run(1, tile)
-    if any(buffer._version != versions.get(id(buffer)) for buffer in module.buffers()):
-        return Certificate("it writes buffers")
     if reason := _compare(together, alone, x, dim):
         return Certificate(reason)
     known = {id(tile), *map(id, module.parameters())}

@@ -172,18 +172,20 @@ def _is_mlp(module: nn.Module) -> bool:
 def _in_tiles(module: nn.Module, settings: _Settings, whole, args: tuple, kwargs: dict) -> Any:
     """Run ``whole(*args, **kwargs)``, the forward pass of ``module``, in tiles if that is possible and pays."""
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    size = _tile_size(module, settings, parameters, tree_leaves((args, kwargs)))
-    if size is None:
+    leaves = tree_leaves((args, kwargs))
+    size = _tile_size(module, settings, parameters, leaves)
+    masks = None if size is None else _masks(leaves, settings.tile_dim)
+    if masks is None:
         return whole(*args, **kwargs)
     key = (module.training, len(parameters))
     certificate = settings.certificates.get(key)
     if certificate is None:
-        certificate = tiling.certify(module, whole, args, kwargs, settings.tile_dim)
+        certificate = tiling.certify(module, whole, args, kwargs, settings.tile_dim, masks)
         if not certificate.tentative:
             settings.certificates[key] = certificate
     if certificate.reason is not None:
         return whole(*args, **kwargs)
-    return tiling.run_tiled(whole, args, kwargs, parameters, size, settings.tile_dim, certificate.draws)
+    return tiling.run_tiled(whole, args, kwargs, parameters, size, settings.tile_dim, masks, certificate.draws)
 
 
 def _tile_size(
@@ -193,7 +195,7 @@ def _tile_size(
     dim, tiles = settings.tile_dim, settings.config.mlp_tiles
     if not leaves or not isinstance(leaves[0], Tensor) or leaves[0].dim() < dim + 2 or leaves[0].numel() == 0:
         return None
-    x, *others = leaves
+    x = leaves[0]
     count = x.shape[dim]
     if settings.config.backend == "reference":  # bit for bit the stock forward, which matrix products of tiles are not
         return None
@@ -207,11 +209,21 @@ def _tile_size(
         size = count if tiling.inside_tile() else -(-count // tiles)
     if size >= count:
         return None
-    if any(isinstance(t, Tensor) and t.dim() > dim and t.shape[dim] == count for t in others):  # would need tiling too
-        return None
     if any(parameter._backward_hooks for parameter in parameters) or _is_observed(module):  # would fire for every tile
         return None
     return size
+
+
+def _masks(leaves: list[Any], dim: int) -> list[int] | None:
+    """Positions of the attention masks (``[samples, heads or 1, queries, keys]``) that are tiled together with the first leaf
+    (``[samples, tokens, channels]``); None if it cannot be told whether another tensor has to be."""
+    masks = []
+    for position, leaf in enumerate(leaves[1:], start=1):
+        if isinstance(leaf, Tensor) and leaf.dim() > dim and leaf.shape[dim] == leaves[0].shape[dim]:
+            if dim != 0 or leaf.dim() != 4 or leaves[0].dim() != 3 or leaf.requires_grad:
+                return None
+            masks.append(position)
+    return masks
 
 
 def _is_observed(module: nn.Module) -> bool:
@@ -237,5 +249,5 @@ def _is_harmless(hook: Any) -> bool:
     if origin == "transformers.utils.output_capturing":  # installed once, records only while outputs are asked for
         from transformers.utils.output_capturing import _active_collector
 
-        return _active_collector.get() is None
+        return not _active_collector.get()
     return origin.split(".")[0] == "peft_s2a"

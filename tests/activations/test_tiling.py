@@ -1,5 +1,6 @@
 """Tiled execution gives the results and gradients of whole execution, and keeps only what the operators inside keep."""
 
+import copy
 import gc
 import weakref
 
@@ -100,6 +101,17 @@ class TestResults:
         weight = torch.randn_like(expected)
         grads = [torch.autograd.grad((y * weight).sum(), x)[0] for y in (expected, actual)]
         torch.testing.assert_close(*grads)
+
+    def test_masks_are_tiled_alike(self):
+        x, mask = samples(requires_grad=True), torch.rand(7, 1, 5, 5, dtype=torch.double)
+
+        def attend(x, mask=None):
+            return F.scaled_dot_product_attention(*[x.unsqueeze(1)] * 3, attn_mask=mask).squeeze(1)
+
+        assert certify(nn.Identity(), attend, (x,), {"mask": mask}, masks=[1]).reason is None
+        expected, actual = attend(x, mask), run_tiled(attend, (x,), {"mask": mask}, [], 2, masks=[1])
+        torch.testing.assert_close(actual, expected)
+        torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (actual, expected)))
 
     def test_outputs_without_gradient(self):
         x = samples(requires_grad=True)
@@ -325,7 +337,9 @@ class TestCertificates:
 
     def test_written_buffers(self):
         norm = nn.BatchNorm1d(5).double()
+        before = copy.deepcopy(norm.state_dict())
         assert "buffers" in certify(norm, norm, (samples(),), {}).reason
+        assert all(torch.equal(before[name], value) for name, value in norm.state_dict().items())
         assert certify(norm.eval(), norm, (samples(),), {}).reason is None
 
     def test_random_numbers_for_every_value(self):

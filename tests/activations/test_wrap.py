@@ -72,9 +72,9 @@ def tiles_run(monkeypatch):
     calls = []
     run = tiling.run_tiled
 
-    def spy(function, args, kwargs, parameters, size, dim=0, draws=False):
+    def spy(function, args, kwargs, parameters, size, dim, *options):
         calls.append((dim, size))
-        return run(function, args, kwargs, parameters, size, dim, draws)
+        return run(function, args, kwargs, parameters, size, dim, *options)
 
     monkeypatch.setattr(tiling, "run_tiled", spy)
     return calls
@@ -454,7 +454,7 @@ class TestComposition:
         vit.zero_grad()
         F.cross_entropy(compiled(pixel_values=images).logits, labels).backward()
         actual = {name: p.grad for name, p in vit.named_parameters() if p.grad is not None}
-        assert cosine(expected, actual) > 0.99999
+        assert cosine(expected, actual) > 0.999
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.dtype) or t, lambda t: t):
             compiled(pixel_values=images)
