@@ -214,6 +214,17 @@ class S2AModel(BaseTuner):
 
     # Removal.
 
+    @property
+    def _quantizes_activations(self) -> bool:
+        return any(config.activation_quantization is not None for config in self.peft_config.values())
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Deletes an adapter; see `BaseTuner.delete_adapter`. Activations are quantised as long as an adapter wants it."""
+        did_quantize = self._quantizes_activations
+        super().delete_adapter(adapter_name)
+        if did_quantize and not self._quantizes_activations:
+            restore_activations(self.model)
+
     def _layers(self) -> list[S2ALayer]:
         return [module for module in self.model.modules() if isinstance(module, S2ALayer)]
 
@@ -265,7 +276,7 @@ class S2AModel(BaseTuner):
     ) -> nn.Module:
         if merge:
             self.merge_adapter(adapter_names, safe_merge=safe_merge)
-        if any(config.activation_quantization is not None for config in self.peft_config.values()):
+        if self._quantizes_activations:
             restore_activations(self.model)
         self._detach_layers()
         for layer in self._layers():

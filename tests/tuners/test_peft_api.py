@@ -36,7 +36,7 @@ from peft import (
 )
 from torch import nn
 
-from peft_s2a import S2ABiasConfig, S2AConfig, S2ASideConfig
+from peft_s2a import ActivationQuantizationConfig, S2ABiasConfig, S2AConfig, S2ASideConfig
 
 
 every_method = pytest.mark.parametrize("method", METHODS)
@@ -653,6 +653,48 @@ class TestStatus:
         with pytest.raises(ValueError, match="not compatible with the `PeftMixedModel`"):
             PeftMixedModel(base, make_config(method))
         assert_untouched(base, before)
+
+
+class TestQuantisedActivations:
+    """How the tuner applies its configuration; what quantisation does is tested with `peft_s2a.activations`."""
+
+    @every_s2a
+    def test_output_and_evaluation_are_exact(self, method, tmp_path):
+        base = base_model()
+        expected = logits(base)
+        model = get_peft_model(base, make_config(method, activation_quantization={"bits": 4}))
+        assert torch.equal(logits(model), expected)
+        losses = train_a_little(model)
+        assert losses[-1] < losses[0]
+        model.save_pretrained(tmp_path)
+        for quantization in ({"bits": 4}, None):
+            config = PeftConfig.from_pretrained(tmp_path)
+            config.activation_quantization = quantization and ActivationQuantizationConfig(**quantization)
+            loaded = PeftModel.from_pretrained(base_model(), tmp_path, config=config)
+            assert torch.equal(logits(loaded), logits(model))
+
+    @every_s2a
+    def test_unloading_undoes_it(self, method):
+        base = base_model()
+        before = snapshot(base)
+        model = get_peft_model(base, make_config(method, activation_quantization={}, modules_to_save=[]))
+        assert_untouched(model.unload(), before, trainable_too=False)
+
+    def test_it_lasts_as_long_as_an_adapter_wants_it(self):
+        base = base_model()
+        stock = [type(module) for module in base.modules()]
+        model = get_peft_model(base, make_config("s2a_bias", activation_quantization={}, modules_to_save=[]), "first")
+        model.add_adapter("second", make_config("s2a_bias", modules_to_save=[]))
+        model.set_adapter("second")
+        assert any(type(module) not in stock for module in base.vit.modules())
+        model.delete_adapter("first")
+        unloaded = model.unload()
+        assert [type(module) for module in unloaded.modules()] == stock
+
+    def test_a_second_adapter_finds_the_same_places(self):
+        model = get_peft_model(base_model(), S2AConfig(), "first")
+        model.add_adapter("second", S2AConfig())
+        assert model.peft_config["first"].structure_targets == model.peft_config["second"].structure_targets
 
 
 class TestInjection:
