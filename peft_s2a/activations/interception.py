@@ -48,10 +48,10 @@ class OperatorMode(TorchFunctionMode):
     def shared(self, mask: Tensor | None) -> Tensor | None:
         """``mask``, or the equal one that this module used last, if that is still kept: the same mask is kept once for all tiles,
         which compute it anew each time."""
-        if mask is None or mask.requires_grad or torch.compiler.is_compiling() or is_fake(mask):
+        if mask is None or mask.requires_grad or torch.compiler.is_compiling():
             return mask
         last = self._mask() if self._mask is not None else None
-        if last is not None and last.device == mask.device and last.dtype == mask.dtype and torch.equal(last, mask):
+        if last is not None and last.device == mask.device and last.dtype == mask.dtype and _same_values(last, mask):
             return last
         self._mask = weakref.ref(mask)
         return mask
@@ -63,6 +63,12 @@ class OperatorMode(TorchFunctionMode):
             if result is not NotImplemented:
                 return result
         return func(*args, **(kwargs or {}))
+
+
+def _same_values(a: Tensor, b: Tensor) -> bool:
+    if is_fake(a) or is_fake(b):  # no values: masks of one shape in one module are taken to be equal
+        return is_fake(a) and is_fake(b) and a.shape == b.shape
+    return torch.equal(a, b)
 
 
 _HANDLERS: dict[Callable[..., Any], Callable[..., Any]] = {}

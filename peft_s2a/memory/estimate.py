@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -60,7 +62,7 @@ def estimate_memory(
             return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
 
     try:
-        with _fake_parameters(model, fake), torch.random.fork_rng([]):
+        with _stand_in(model, fake), torch.random.fork_rng([]):
             batch = tree_map_only(torch.Tensor, fake, batch)
             step = TrainingStep(model, batch, optimizer, loss_fn, autocast, device)
             _prepare_optimizer(step, device)
@@ -182,15 +184,19 @@ def _target(model: nn.Module, device: str | torch.device | None) -> torch.device
 
 
 @contextmanager
-def _fake_parameters(model: nn.Module, fake: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """Puts fake tensors in the place of parameters and buffers, and the real ones back."""
+def _stand_in(model: nn.Module, fake: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Puts fake tensors in the place of parameters and buffers. Afterwards every module has its own attributes again,
+    so nothing that it remembered inside (cached tables, say) is left in it."""
     fakes: dict[int, torch.Tensor] = {}  # by identity, so that tied parameters stay tied
-    replaced = []
-    modes = [(module, module.training) for module in model.modules()]
-    if not model.training:
-        model.train()
+    modules = list(model.modules())
+    originals = [dict(vars(module)) for module in modules]
     try:
-        for module in model.modules():
+        for module, attributes in zip(modules, originals):
+            for name, value in attributes.items():
+                if isinstance(value, functools._lru_cache_wrapper):
+                    delattr(module, name)
+                elif isinstance(value, (dict, list, set)):
+                    vars(module)[name] = copy.copy(value)
             for tensors in (module._parameters, module._buffers):
                 for name, tensor in tensors.items():
                     if tensor is None:
@@ -200,14 +206,14 @@ def _fake_parameters(model: nn.Module, fake: Callable[[torch.Tensor], torch.Tens
                         if isinstance(tensor, nn.Parameter):
                             replacement = nn.Parameter(replacement, requires_grad=tensor.requires_grad)
                         fakes[id(tensor)] = replacement
-                    replaced.append((tensors, name, tensor))
                     tensors[name] = fakes[id(tensor)]
+        if not model.training:
+            model.train()
         yield
     finally:
-        for tensors, name, tensor in replaced:
-            tensors[name] = tensor
-        for module, training in modes:
-            module.training = training
+        for module, attributes in zip(modules, originals):
+            vars(module).clear()
+            vars(module).update(attributes)
 
 
 def _prepare_optimizer(step: TrainingStep, device: torch.device) -> None:

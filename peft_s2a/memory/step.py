@@ -47,13 +47,21 @@ class TrainingStep:
         self.autocast = (lambda: torch.autocast(device.type, autocast)) if autocast is not None else nullcontext
         self.optimizer = optimizer(trained) if optimizer is not None else None
 
-    def forward_backward(self) -> None:
+    def loss(self) -> torch.Tensor:
+        """The loss of a forward pass.
+
+        Raises:
+            ValueError: If it is no scalar tensor.
+        """
         with self.autocast():
             loss = self.loss_fn(self.model, self.batch)
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
             raise ValueError(f"loss_fn: must return the loss as a scalar tensor, got {got}")
-        loss.backward()
+        return loss
+
+    def forward_backward(self) -> None:
+        self.loss().backward()
 
     def update(self) -> None:
         if self.optimizer is not None:

@@ -240,6 +240,8 @@ class StepTrace:
                 self._move(record, KEPT)
             use = _Use(self._place()[0], torch.autograd._get_sequence_nr() - 1)
             record.uses.append(use)
+        if tensor.grad_fn is None:  # itself: others may watch whether this very object lives
+            return tensor, use
         self._is_packing = True
         try:
             return tensor.detach(), use  # an operator's output itself would tie its node into a reference cycle

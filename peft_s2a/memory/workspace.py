@@ -8,6 +8,9 @@ with the events of PyTorch's allocator (2.13, oneDNN on x86-64 with AVX-512 and 
   that are channels-last are not copied, weights are. Gradients of half-precision weights are accumulated in float32.
 * Kernels that work on contiguous tensors copy inputs that are not.
 
+* The backward pass of quantised attention recomputes probabilities, a tile at a time. The other quantised operators are
+  taken to be fused; the reference backend allocates more than is estimated.
+
 All sizes are in bytes, and come on top of what is live once the operator has returned.
 """
 
@@ -27,7 +30,7 @@ def workspace_bytes(function: Any, args: tuple, output: Any) -> int:
         args: Its arguments.
         output: What it returned.
     """
-    kernel = _KERNELS.get(function)
+    kernel = _attention_backward if function._schema.name == "s2a::attention_backward" else _KERNELS.get(function)
     return kernel(args, output) if kernel is not None else 0
 
 
@@ -35,12 +38,16 @@ def _bytes(*tensors: torch.Tensor | None) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
+def _is_pointwise(weight: torch.Tensor, stride: list[int]) -> bool:
+    return all(size == 1 for size in weight.shape[2:]) and all(step == 1 for step in stride)
+
+
 def _uses_onednn(inputs: torch.Tensor, weight: torch.Tensor, stride: list[int]) -> bool:
     """Whether a convolution takes oneDNN's kernels, on blocked copies."""
     if not torch.backends.mkldnn.is_available() or inputs.dtype is torch.float64:
         return False
-    pointwise = all(size == 1 for size in weight.shape[2:]) and all(step == 1 for step in stride)
-    return not (pointwise and inputs.dtype is torch.float32 and torch.get_num_threads() == 1)
+    alone = inputs.dtype is torch.float32 and torch.get_num_threads() == 1
+    return not (alone and _is_pointwise(weight, stride))
 
 
 def _is_channels_last(tensor: torch.Tensor) -> bool:
@@ -48,13 +55,13 @@ def _is_channels_last(tensor: torch.Tensor) -> bool:
 
 
 def _convolution(args: tuple, output: torch.Tensor) -> int:
-    inputs, weight, _, stride = args[:4]
+    inputs, weight, _, stride, _, _, is_transposed = args[:7]
     if not _uses_onednn(inputs, weight, stride):
-        return 0
+        return _bytes(output) if is_transposed else 0
     if _is_channels_last(inputs):
         return 2 * _bytes(weight)
     copied = _bytes(weight) + (_bytes(inputs) if inputs.shape[1] > 4 else 0)
-    results = 1 if inputs.dtype is torch.float32 else 2
+    results = 2 if inputs.dtype is not torch.float32 or (is_transposed and max(stride) > 1) else 1
     return max(copied, results * _bytes(output))
 
 
@@ -68,7 +75,7 @@ def _convolution_backward(args: tuple, output: tuple) -> int:
     grad, value, kernel = _bytes(grad_output), _bytes(inputs), _bytes(weight)
     workspace = 0
     if grad_input is not None:
-        results = 2 if half or any(step > 1 for step in stride) else 1
+        results = 2 if half or max(stride) > 1 else 1
         workspace = 2 * kernel if channels_last else max(grad + kernel, results * value)
         if grad_weight is not None:
             workspace -= kernel  # whose gradient comes later
@@ -83,6 +90,22 @@ def _convolution_backward(args: tuple, output: tuple) -> int:
             own = 0 if depthwise else grad + (0 if is_image else value)
         workspace = max(workspace, own + (2 * kernel if half else 0), kernel)
     return workspace
+
+
+def _attention_backward(args: tuple, output: tuple) -> int:
+    """One tile of `peft_s2a.activations.backends.attention`: decoded operands and four matrices of probabilities."""
+    from peft_s2a.activations.backends.attention import _tiles
+
+    grad, _, key = args[:3]
+    samples, heads, length, width = grad.shape
+    keys = key[0].shape[2]
+    if 0 in (samples, heads, length, keys):
+        return 0
+    tile_samples, tile_heads, rows = next(_tiles(samples, heads, length, keys, grad))
+    tiles = min(tile_samples.stop, samples) * min(tile_heads.stop, heads)
+    probabilities = tiles * (rows[0].stop - rows[0].start) * keys
+    operands = tiles * (length + 2 * keys + length) * width  # query, key, value and one product
+    return 4 * (4 * probabilities) + probabilities + operands * grad.element_size()
 
 
 def _copies(*positions: int) -> Callable[[tuple, Any], int]:
