@@ -38,7 +38,7 @@ class Quantizer:
     """
 
     bits: int = 4
-    group_size: int = 64
+    group_size: int = 32
     rounding: str = "nearest"
     center_attention: bool = True
     levels: tuple[float, ...] | None = None
@@ -143,8 +143,13 @@ def activation(x: Tensor, name: str, *, quantizer: Quantizer, inplace: bool = Fa
     if not _recording(x):
         return (function.forward_ if inplace else function.forward)(x, **params)
     items = tuple(sorted(params.items()))
-    table = code_table(name, items, quantizer.bits, quantizer.levels, x.dtype == torch.float64)
+    stochastic = quantizer.rounding == "stochastic"
+    table = code_table(name, items, quantizer.bits, quantizer.levels, x.dtype == torch.float64, stochastic)
     return _Activation.apply(x, name, params, table, quantizer, inplace)
+
+
+# rows from which on a norm's columns are standardised (bfloat16 mean and deviation each): there they weigh little
+_ROWS_FOR_STATISTICS = 64
 
 
 class _RowNorm(torch.autograd.Function):
@@ -160,20 +165,24 @@ class _RowNorm(torch.autograd.Function):
         if eps is None:
             eps = torch.finfo(x.dtype).eps
         # a bias alone needs nothing kept
+        rows = x.reshape(-1, count)
+        by_column = rows.shape[0] >= _ROWS_FOR_STATISTICS
+        group_size = count if by_column else quantizer.group_size
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
             kept = ops.encode_norm(
-                x.reshape(-1, count),
+                rows,
                 eps,
                 center,
+                by_column,
                 quantizer.bits,
-                quantizer.group_size,
+                group_size,
                 quantizer.draw_seed(),
                 quantizer.backend,
             )
         else:
-            kept = (None, None, None)
+            kept = (None, None, None, None)
         ctx.save_for_backward(*kept, weight)
-        ctx.settings = (center, quantizer.bits, quantizer.group_size)
+        ctx.settings = (center, quantizer.bits, group_size)
         ctx.backend, ctx.count, ctx.x_dtype = quantizer.backend, count, x.dtype
         ctx.parameter_like = [None if p is None else (p.shape, p.dtype) for p in (weight, bias)]
         return y
@@ -181,7 +190,7 @@ class _RowNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         _refuse_double_backward()
-        packed, scales, rstd, weight = ctx.saved_tensors
+        packed, scales, rstd, columns, weight = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
         rows = grad.reshape(-1, ctx.count)
         if packed is None:
@@ -189,7 +198,7 @@ class _RowNorm(torch.autograd.Function):
         else:
             flat_weight = None if weight is None else weight.reshape(-1)
             d_x, d_weight, d_bias = ops.norm_backward(
-                rows, packed, scales, rstd, flat_weight, *ctx.settings, list(wanted), ctx.backend
+                rows, packed, scales, rstd, columns, flat_weight, *ctx.settings, list(wanted), ctx.backend
             )
         if wanted[0]:
             d_x = d_x.view(grad.shape).to(ctx.x_dtype)
@@ -210,6 +219,9 @@ def layer_norm(
     quantizer: Quantizer,
 ) -> Tensor:
     """`torch.nn.functional.layer_norm`; keeps b-bit normalised values and one reciprocal deviation a row.
+
+    With 64 rows or more, the columns of the normalised values are standardised and each row shares one scale; with fewer rows
+    there is a scale for every ``quantizer.group_size`` values. Our choice, for the outlying channels of transformers.
 
     Args: as the stock function. The gradients of ``weight`` and ``bias`` are computed from the codes when they are wanted.
     """
@@ -434,11 +446,11 @@ class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, num_groups, eps, quantizer):
         y = F.group_norm(x, num_groups, weight, bias, eps)
-        kept = (None, None, None)
+        kept = (None, None, None, None)
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
             rows = x.reshape(x.shape[0] * num_groups, -1)
             kept = ops.encode_norm(
-                rows, eps, True, quantizer.bits, quantizer.group_size, quantizer.draw_seed(), quantizer.backend
+                rows, eps, True, False, quantizer.bits, quantizer.group_size, quantizer.draw_seed(), quantizer.backend
             )
         ctx.save_for_backward(*kept, weight)
         ctx.num_groups, ctx.quantizer, ctx.dtype = num_groups, quantizer, x.dtype
@@ -448,13 +460,13 @@ class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         _refuse_double_backward()
-        packed, scales, rstd, weight = ctx.saved_tensors
+        packed, scales, rstd, columns, weight = ctx.saved_tensors
         quantizer, others = ctx.quantizer, _not_channels(grad)
         d_x = d_weight = d_bias = None
         if ctx.needs_input_grad[0]:
             g = grad if weight is None else grad * _per_channel(weight, grad).to(grad.dtype)
             d_x, _, _ = ops.norm_backward(
-                g.reshape(rstd.shape[0], -1), packed, scales, rstd, None, True, quantizer.bits, quantizer.group_size,
+                g.reshape(rstd.shape[0], -1), packed, scales, rstd, columns, None, True, quantizer.bits, quantizer.group_size,
                 [True, False, False], quantizer.backend,
             )  # fmt: skip
             d_x = d_x.view(grad.shape).to(ctx.dtype)

@@ -34,7 +34,7 @@ def _op(schema: str):
 def _groups_like(x: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
     rows, count = x.shape
     packed = x.new_empty(rows, packed_width(count, bits), dtype=torch.uint8)
-    return packed, x.new_empty(rows, -(-count // group_size), 2, dtype=torch.bfloat16)
+    return packed, x.new_empty(rows, -(-count // group_size), 3, dtype=torch.uint8)
 
 
 @_op("(Tensor x, float[] thresholds, int[] codes, int bits, str backend) -> Tensor")
@@ -57,7 +57,7 @@ def scale_by_levels(grad, packed, levels, bits, backend):
 
 @_op("(Tensor x, int bits, int group_size, Tensor? seed, str backend) -> (Tensor, Tensor)")
 def encode_groups(x, bits, group_size, seed, backend):
-    """Code ``x`` (``[R, C]``) in groups, see `codec.encode_groups`: uint8 ``[R, W]`` and bfloat16 ``[R, groups, 2]``."""
+    """Code ``x`` (``[R, C]``) in groups, see `codec.encode_groups`: uint8 ``[R, W]`` and ``[R, groups, 3]``."""
     return _groups_like(x, bits, group_size)
 
 
@@ -68,21 +68,23 @@ def decode_groups(packed, scales, bits, group_size, count, dtype, backend):
 
 
 @_op(
-    "(Tensor x, float eps, bool center, int bits, int group_size, Tensor? seed, str backend)"
-    " -> (Tensor, Tensor, Tensor)"
+    "(Tensor x, float eps, bool center, bool by_column, int bits, int group_size, Tensor? seed, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
 )
-def encode_norm(x, eps, center, bits, group_size, seed, backend):
+def encode_norm(x, eps, center, by_column, bits, group_size, seed, backend):
     """Code the normalised rows of ``x`` (``[R, C]``): ``(x - mean) * rstd`` with ``center`` (LayerNorm), ``x * rstd``
-    without (RMSNorm). Returns codes and scales as `encode_groups`, and ``rstd`` (``[R]``, float32 or float64)."""
+    without (RMSNorm); ``by_column``: with standardised columns, see `codec.column_statistics`. Returns codes and scales as
+    `encode_groups`, ``rstd`` (``[R]``, float32 or float64) and the columns' statistics (empty without ``by_column``)."""
     packed, scales = _groups_like(x, bits, group_size)
-    return packed, scales, x.new_empty(x.shape[0], dtype=math_dtype(x.dtype))
+    columns = x.new_empty((2, x.shape[1]) if by_column else (0,), dtype=torch.bfloat16)
+    return packed, scales, x.new_empty(x.shape[0], dtype=math_dtype(x.dtype)), columns
 
 
 @_op(
-    "(Tensor grad, Tensor packed, Tensor scales, Tensor rstd, Tensor? weight, bool center, int bits, int group_size,"
+    "(Tensor grad, Tensor packed, Tensor scales, Tensor rstd, Tensor columns, Tensor? weight, bool center, int bits, int group_size,"
     " bool[] wanted, str backend) -> (Tensor, Tensor, Tensor)"
 )
-def norm_backward(grad, packed, scales, rstd, weight, center, bits, group_size, wanted, backend):
+def norm_backward(grad, packed, scales, rstd, columns, weight, center, bits, group_size, wanted, backend):
     """Gradients of a row normalisation from `encode_norm`'s codes and ``grad`` (``[R, C]``) for the input (dtype of
     ``grad``), the weight and the bias (``[C]``, float32 or float64); those not ``wanted`` are empty."""
     dtype = math_dtype(grad.dtype)
@@ -101,11 +103,11 @@ def norm_backward(grad, packed, scales, rstd, weight, center, bits, group_size, 
 def encode_heads(x, bits, group_size, center, keep_mean, seed, backend):
     """Code the last dimension of ``x`` (``[B, H, N, D]``, any strides) in groups, minus its mean over N with ``center``.
 
-    Returns uint8 ``[B, H, N, W]``, bfloat16 ``[B, H, N, groups, 2]`` and the mean as it was subtracted, bfloat16
+    Returns uint8 ``[B, H, N, W]`` and ``[B, H, N, groups, 3]`` and the mean as it was subtracted, bfloat16
     ``[B, H, 1, D]`` (empty unless ``keep_mean`` and ``center``)."""
     *lead, count = x.shape
     packed = x.new_empty(*lead, packed_width(count, bits), dtype=torch.uint8)
-    scales = x.new_empty(*lead, -(-count // group_size), 2, dtype=torch.bfloat16)
+    scales = x.new_empty(*lead, -(-count // group_size), 3, dtype=torch.uint8)
     samples, heads, tokens = lead
     mean_shape = (samples, heads, 1, count) if center and keep_mean and tokens else (0,)
     return packed, scales, x.new_empty(mean_shape, dtype=torch.bfloat16)

@@ -151,6 +151,7 @@ class _Normalize(torch.autograd.Function):
             x.reshape(-1, count),
             eps**2 / count,
             False,
+            False,
             quantizer.bits,
             quantizer.group_size,
             quantizer.draw_seed(),

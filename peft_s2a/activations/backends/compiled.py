@@ -156,19 +156,22 @@ def scale_by_levels(grad: Tensor, packed: Tensor, levels: list[float], bits: int
 
 
 def encode_groups(x: Tensor, bits: int, group_size: int, seed: int | None) -> tuple[Tensor, Tensor]:
-    coded = _encode_rows(x, 0, 0.0, bits, group_size, seed)
+    coded = _encode_rows(x, 0, 0.0, bits, group_size, seed, None)
     return reference.encode_groups(x, bits, group_size, seed) if coded is None else coded[:2]
 
 
 def encode_norm(
-    x: Tensor, eps: float, center: bool, bits: int, group_size: int, seed: int | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    coded = _encode_rows(x, 1 if center else 2, eps, bits, group_size, seed)
-    return reference.encode_norm(x, eps, center, bits, group_size, seed) if coded is None else coded
+    x: Tensor, eps: float, center: bool, by_column: bool, bits: int, group_size: int, seed: int | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    columns = codec.column_statistics(x, eps, center) if by_column else None
+    coded = _encode_rows(x, 1 if center else 2, eps, bits, group_size, seed, columns)
+    if coded is None:
+        return reference.encode_norm(x, eps, center, by_column, bits, group_size, seed)
+    return *coded, x.new_empty(0, dtype=torch.bfloat16) if columns is None else columns
 
 
 def _encode_rows(
-    x: Tensor, mode: int, eps: float, bits: int, group_size: int, seed: int | None
+    x: Tensor, mode: int, eps: float, bits: int, group_size: int, seed: int | None, columns: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     kernel = _kernel("encode_rows", x.dtype)
     if kernel is None:
@@ -176,12 +179,13 @@ def _encode_rows(
     x = x.contiguous()
     rows, count = x.shape
     packed = x.new_empty(rows, codec.packed_width(count, bits), dtype=torch.uint8)
-    scales = x.new_empty(rows, -(-count // group_size), 2, dtype=torch.bfloat16)
+    scales = x.new_empty(rows, -(-count // group_size), 3, dtype=torch.uint8)
     rstd = x.new_empty(rows if mode else 0, dtype=torch.float32)
+    columns = None if columns is None else columns.to(torch.float32)
     if x.numel():
         kernel(
             _pointer(x), *_long(rows, count), mode, ctypes.c_float(eps), bits, *_long(group_size), _seed(seed),
-            _pointer(packed), _pointer(scales), _pointer(rstd), torch.get_num_threads(),
+            _pointer(columns), _pointer(packed), _pointer(scales), _pointer(rstd), torch.get_num_threads(),
         )  # fmt: skip
     return packed, scales, rstd
 
@@ -207,6 +211,7 @@ def norm_backward(
     packed: Tensor,
     scales: Tensor,
     rstd: Tensor,
+    columns: Tensor,
     weight: Tensor | None,
     center: bool,
     bits: int,
@@ -215,9 +220,10 @@ def norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     kernel = _kernel("norm_backward", grad.dtype)
     if kernel is None or rstd.dtype != torch.float32:
-        return reference.norm_backward(grad, packed, scales, rstd, weight, center, bits, group_size, wanted)
+        return reference.norm_backward(grad, packed, scales, rstd, columns, weight, center, bits, group_size, wanted)
     grad, packed, scales, rstd = (t.contiguous() for t in (grad, packed, scales, rstd))
     weight = None if weight is None else weight.to(torch.float32).contiguous()
+    columns = columns.to(torch.float32)
     rows, count = grad.shape
     d_x = torch.empty_like(grad) if wanted[0] else grad.new_empty(0)
     d_weight, d_bias = (grad.new_zeros(count if want else 0, dtype=torch.float32) for want in wanted[1:])
@@ -225,7 +231,7 @@ def norm_backward(
         threads = torch.get_num_threads()
         sums = torch.zeros(threads * 2 * count if any(wanted[1:]) else 0, dtype=torch.float32)
         kernel(
-            _pointer(grad), _pointer(packed), _pointer(scales), _pointer(rstd), _pointer(weight), *_long(rows, count),
+            _pointer(grad), _pointer(packed), _pointer(scales), _pointer(rstd), _pointer(columns), _pointer(weight), *_long(rows, count),
             int(center), bits, *_long(group_size), _pointer(d_x), _pointer(d_weight), _pointer(d_bias), _pointer(sums),
             threads,
         )  # fmt: skip
@@ -241,7 +247,7 @@ def encode_heads(
     x = x if x.stride(3) == 1 else x.contiguous()
     samples, heads, tokens, dim = x.shape
     packed = x.new_empty(samples, heads, tokens, codec.packed_width(dim, bits), dtype=torch.uint8)
-    scales = x.new_empty(samples, heads, tokens, -(-dim // group_size), 2, dtype=torch.bfloat16)
+    scales = x.new_empty(samples, heads, tokens, -(-dim // group_size), 3, dtype=torch.uint8)
     kept = center and keep_mean and tokens
     mean = x.new_empty((samples, heads, 1, dim) if kept else 0, dtype=torch.bfloat16)
     if x.numel():

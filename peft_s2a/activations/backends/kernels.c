@@ -90,21 +90,44 @@ static void unpack_row(const uint8_t *packed, long count, int bits, uint8_t *cod
         for (long j = 0, n = MIN(width, count - s * width); j < n; j++) codes[s * width + j] = packed[j] >> s * bits & mask;
 }
 
-/* Code one row in groups: (offset, step) pairs to `scales`, one code a byte to `codes`. */
+/* The 12 bits that a group's minimum or maximum is kept in, see `codec.py`. */
+static inline uint32_t encode_bound(float value) {
+    union { float f; int32_t i; } word = {fabsf(value)};
+    int32_t code = ((word.i + (1 << 17)) >> 18) - ((127 - 40) << 5);
+    return (uint32_t)(code < 0 ? 0 : code > 2047 ? 2047 : code) | (uint32_t)(value < 0) << 11;
+}
+
+static inline float decode_bound(uint32_t code) {
+    union { int32_t i; float f; } word = {(int32_t)((code & 2047) + ((127 - 40) << 5)) << 18};
+    if (!(code & 2047)) return 0;
+    return code >> 11 ? -word.f : word.f;
+}
+
+static inline void encode_bounds(float low, float high, uint8_t *scales) {
+    uint32_t both = encode_bound(low) | encode_bound(high) << 12;
+    scales[0] = (uint8_t)both, scales[1] = (uint8_t)(both >> 8), scales[2] = (uint8_t)(both >> 16);
+}
+
+static inline void decode_bounds(const uint8_t *scales, int bits, float *low, float *step) {
+    uint32_t both = scales[0] | scales[1] << 8 | scales[2] << 16;
+    *low = decode_bound(both & 4095);
+    *step = (decode_bound(both >> 12) - *low) / (float)((1 << bits) - 1);
+}
+
+/* Code one row in groups: three bytes for each to `scales`, one code a byte to `codes`. */
 static void encode_row(const float *x, long count, int bits, long group, const int64_t *seed, uint32_t position,
-                       uint16_t *scales, uint8_t *codes) {
+                       uint8_t *scales, uint8_t *codes) {
     float top = (float)((1 << bits) - 1);
-    for (long start = 0; start < count; start += group, scales += 2) {
+    for (long start = 0; start < count; start += group, scales += 3) {
         long n = MIN(group, count - start);
         const float *v = x + start;
-        float low = v[0], high = v[0];
+        float low = v[0], high = v[0], offset, step;
         for (long i = 0; i < n; i++) {
             low = v[i] < low ? v[i] : low;
             high = v[i] > high ? v[i] : high;
         }
-        scales[0] = float_to_bf16(low);
-        scales[1] = float_to_bf16((high - low) / top);
-        float offset = bf16_to_float(scales[0]), step = bf16_to_float(scales[1]);
+        encode_bounds(low, high, scales);
+        decode_bounds(scales, bits, &offset, &step);
         if (step == 0) step = 1;
         if (seed) {
             for (long i = 0; i < n; i++) {
@@ -120,10 +143,11 @@ static void encode_row(const float *x, long count, int bits, long group, const i
     }
 }
 
-static void decode_row(const uint8_t *codes, const uint16_t *scales, long count, long group, float *out) {
-    for (long start = 0; start < count; start += group, scales += 2) {
+static void decode_row(const uint8_t *codes, const uint8_t *scales, long count, int bits, long group, float *out) {
+    for (long start = 0; start < count; start += group, scales += 3) {
         long n = MIN(group, count - start);
-        float offset = bf16_to_float(scales[0]), step = bf16_to_float(scales[1]);
+        float offset, step;
+        decode_bounds(scales, bits, &offset, &step);
         for (long i = 0; i < n; i++) out[start + i] = (float)codes[start + i] * step + offset;
     }
 }
@@ -241,9 +265,11 @@ EXPORT void NAME(scale_by_levels)(const T *grad, const uint8_t *packed, long cou
     }
 }
 
-/* mode 0: the rows as they are; 1: centred and divided by their deviation; 2: divided by their root mean square */
+/* mode 0: the rows as they are; 1: centred and divided by their deviation; 2: divided by their root mean square. `columns`: means,
+ * then deviations, that the columns are standardised by; may be null. */
 EXPORT void NAME(encode_rows)(const T *x, long rows, long count, int mode, float eps, int bits, long group,
-                              const int64_t *seed, uint8_t *packed, uint16_t *scales, float *rstd, int threads) {
+                              const int64_t *seed, const float *columns, uint8_t *packed, uint8_t *scales,
+                              float *rstd, int threads) {
     long width = packed_width(count, bits), groups = (count + group - 1) / group;
 #pragma omp parallel num_threads(threads)
     {
@@ -265,14 +291,16 @@ EXPORT void NAME(encode_rows)(const T *x, long rows, long count, int mode, float
                 for (long i = 0; i < count; i++) values[i] *= scale;
                 rstd[r] = scale;
             }
-            encode_row(values, count, bits, group, seed, (uint32_t)(r * count), scales + r * groups * 2, codes);
+            if (columns)
+                for (long i = 0; i < count; i++) values[i] = (values[i] - columns[i]) / columns[count + i];
+            encode_row(values, count, bits, group, seed, (uint32_t)(r * count), scales + r * groups * 3, codes);
             pack_row(codes, count, bits, packed + r * width);
         }
         free(values);
     }
 }
 
-EXPORT void NAME(decode_rows)(const uint8_t *packed, const uint16_t *scales, long rows, long count, int bits, long group,
+EXPORT void NAME(decode_rows)(const uint8_t *packed, const uint8_t *scales, long rows, long count, int bits, long group,
                               T *out, int threads) {
     long width = packed_width(count, bits), groups = (count + group - 1) / group;
 #pragma omp parallel num_threads(threads)
@@ -282,17 +310,17 @@ EXPORT void NAME(decode_rows)(const uint8_t *packed, const uint16_t *scales, lon
 #pragma omp for schedule(static)
         for (long r = 0; r < rows; r++) {
             unpack_row(packed + r * width, count, bits, codes);
-            decode_row(codes, scales + r * groups * 2, count, group, values);
+            decode_row(codes, scales + r * groups * 3, count, bits, group, values);
             for (long i = 0; i < count; i++) out[r * count + i] = STORE(values[i]);
         }
         free(values);
     }
 }
 
-/* weight, d_x, d_weight and d_bias may be null. The sums over rows are made per thread and added up in order. */
-EXPORT void NAME(norm_backward)(const T *grad, const uint8_t *packed, const uint16_t *scales, const float *rstd,
-                                const float *weight, long rows, long count, int center, int bits, long group, T *d_x,
-                                float *d_weight, float *d_bias, float *sums, int threads) {
+/* columns, weight, d_x, d_weight and d_bias may be null. The sums over rows are made per thread and added up in order. */
+EXPORT void NAME(norm_backward)(const T *grad, const uint8_t *packed, const uint8_t *scales, const float *rstd,
+                                const float *columns, const float *weight, long rows, long count, int center, int bits,
+                                long group, T *d_x, float *d_weight, float *d_bias, float *sums, int threads) {
     long width = packed_width(count, bits), groups = (count + group - 1) / group;
     long share = (rows + threads - 1) / threads;
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
@@ -304,7 +332,9 @@ EXPORT void NAME(norm_backward)(const T *grad, const uint8_t *packed, const uint
             const T *dy = grad + r * count;
             if (d_x || d_weight) {
                 unpack_row(packed + r * width, count, bits, codes);
-                decode_row(codes, scales + r * groups * 2, count, group, values);
+                decode_row(codes, scales + r * groups * 3, count, bits, group, values);
+                if (columns)
+                    for (long i = 0; i < count; i++) values[i] = values[i] * columns[count + i] + columns[i];
             }
             for (long i = 0; i < count; i++) g[i] = LOAD(dy[i]);
             if (d_weight)
@@ -333,7 +363,7 @@ EXPORT void NAME(norm_backward)(const T *grad, const uint8_t *packed, const uint
 /* x[b, h, n, d] lies at b * stride_b + h * stride_h + n * stride_n + d; mean is bfloat16 [B, H, D] */
 EXPORT void NAME(encode_heads)(const T *x, long samples, long heads, long tokens, long count, long stride_b, long stride_h,
                                long stride_n, int center, int bits, long group, const int64_t *seed, uint8_t *packed,
-                               uint16_t *scales, uint16_t *mean, int threads) {
+                               uint8_t *scales, uint16_t *mean, int threads) {
     long width = packed_width(count, bits), groups = (count + group - 1) / group;
 #pragma omp parallel num_threads(threads)
     {
@@ -355,7 +385,7 @@ EXPORT void NAME(encode_heads)(const T *x, long samples, long heads, long tokens
             for (long n = 0; n < tokens; n++) {
                 long row = head * tokens + n;
                 for (long i = 0; i < count; i++) values[i] = LOAD(start[n * stride_n + i]) - average[i];
-                encode_row(values, count, bits, group, seed, (uint32_t)(row * count), scales + row * groups * 2, codes);
+                encode_row(values, count, bits, group, seed, (uint32_t)(row * count), scales + row * groups * 3, codes);
                 pack_row(codes, count, bits, packed + row * width);
             }
         }

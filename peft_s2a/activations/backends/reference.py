@@ -41,14 +41,19 @@ def decode_groups(
 
 
 def encode_norm(
-    x: Tensor, eps: float, center: bool, bits: int, group_size: int, seed: int | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, eps: float, center: bool, by_column: bool, bits: int, group_size: int, seed: int | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    columns = codec.column_statistics(x, eps, center) if by_column else x.new_empty(0, dtype=torch.bfloat16)
     x = x.to(codec.math_dtype(x.dtype))
     if center:
         x = x - x.mean(1, keepdim=True)
     rstd = (x.square().mean(1) + eps).rsqrt()
-    packed, scales = codec.encode_groups(x * rstd[:, None], bits, group_size, seed)
-    return packed, scales, rstd
+    x_hat = x * rstd[:, None]
+    if by_column:
+        mean, deviation = columns.to(x.dtype)
+        x_hat = (x_hat - mean) / deviation
+    packed, scales = codec.encode_groups(x_hat, bits, group_size, seed)
+    return packed, scales, rstd, columns
 
 
 def norm_backward(
@@ -56,6 +61,7 @@ def norm_backward(
     packed: Tensor,
     scales: Tensor,
     rstd: Tensor,
+    columns: Tensor,
     weight: Tensor | None,
     center: bool,
     bits: int,
@@ -64,6 +70,9 @@ def norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = codec.math_dtype(grad.dtype)
     x_hat = codec.decode_groups(packed, scales, bits, group_size, grad.shape[1], dtype)
+    if columns.numel():
+        mean, deviation = columns.to(dtype)
+        x_hat = x_hat * deviation + mean
     dy = grad.to(dtype)
     empty = grad.new_empty(0)
     d_input = d_weight = d_bias = empty
