@@ -2,15 +2,18 @@
 
 Measuring. The model runs a few steps with its stock operators. Where an operator would be quantised, a hook on its result
 receives the true upstream gradient, and the operator is run again on the same inputs: once as it is, once quantised at every
-width. That gives the error of the gradients it passes on and the bytes it keeps, for any operator that
-`interception.OperatorMode` replaces and without code of its own.
+width. The error of the gradients it passes on is then sent down the rest of the backward pass by itself, since that is linear:
+what arrives at the trained parameters is what this operator at this width adds to the error of the model's gradient. That
+serves any operator that `interception.OperatorMode` replaces, without code of its own.
 
 Choosing. To first order the errors of different operators add up (ActNN, Chen et al. 2021, section 4; GACT, Liu et al. 2022), so
-the widths are a multiple-choice knapsack: the least sum of errors within a number of bytes. S2A (arXiv:2503.08154) names
-"gradient-informed precision allocation" without fixing it; the error measured and the solver are our choice.
+the widths are a multiple-choice knapsack: the least sum of squared errors within a number of bytes. S2A (arXiv:2503.08154)
+names "gradient-informed precision allocation" without fixing it; the error measured and the solver are our choice. (The
+errors where they arise do not compare: those of attention scores, hidden units and residual streams have different scales.)
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -22,6 +25,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from transformers.utils.logging import tqdm
 
@@ -34,7 +38,7 @@ from .wrap import quantize_activations, restore_activations
 
 _REFERENCE_WIDTH = 4  # of which a fractional budget is a fraction
 _DERIVATIVE_CELLS = 4096  # cells of unit length in the histogram of an activation function's derivative
-_FIT_RESOLUTION = 512
+_FIT_RESOLUTION = 256
 
 
 def calibrate_activations(
@@ -50,8 +54,9 @@ def calibrate_activations(
     """Choose the bits of every operator, and fit the levels of every activation function, on a few batches.
 
     The model is measured as it is going to be trained: with what is trainable now, in train mode, with its stock operators. It is
-    left as it was: weights, gradients, buffers, modes, random state, and whether its activations are quantised. A measured step
-    takes the memory of a stock step twice, so let the batches be small; a few dozen images are enough. All ``batches`` are used.
+    left as it was: weights, gradients, buffers, modes, random state, and whether its activations are quantised. A measured
+    step takes the memory of a stock step twice, and the time of about as many steps as there are quantised operators times widths,
+    so let the batches be few and small. All ``batches`` are used.
 
     Apply the result with `quantize_activations`, or give it to a tuner's configuration (``activation_quantization=...``), which
     saves it with the adapter. Names of modules are those in the base model, so it fits the bare model, the one inside a
@@ -62,9 +67,9 @@ def calibrate_activations(
         batches: batches of training data. Their tensors are moved to the device of the model's first parameter.
         budget: what the quantised operators may keep for backward, codes and scales together: an int is bytes per image, a float
             (above 0, up to 2) is a fraction of what they keep at 4 bits each. What the model keeps besides is not counted.
-        target_error: instead of ``budget``: the error to stay below with as few bytes as possible. It is the root of the summed squared
-            errors over the root of the summed squares of all gradients that the quantised operators pass on, each given
-            its true upstream gradient: 0.05 means that an operator's gradient is off by 5 % on average.
+        target_error: instead of ``budget``: the error to stay below with as few bytes as possible. It is the estimate, to first
+            order, of the norm of the error of the trained parameters' gradient over the norm of the gradient; their cosine is
+            about ``1 - target_error ** 2 / 2``.
         config: all other settings; its ``bits`` remain for operators that are not measured, its ``levels`` are replaced. None: the
             defaults.
         widths: the widths to choose from.
@@ -85,7 +90,7 @@ def calibrate_activations(
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
         raise ValueError("`model` has no trainable parameters; choose what to train before calibrating.")
-    study = _Study(config, sorted({*widths, _REFERENCE_WIDTH}))
+    study = _Study(config, sorted({*widths, _REFERENCE_WIDTH}), parameters)
     images = 0
     with _left_as_it_was(model), study.measuring(_base_model(model)):
         model.train()
@@ -93,7 +98,7 @@ def calibrate_activations(
             batch = _to_device(batch, next(model.parameters()).device)
             value = _loss(model, batch, loss)
             images += _count_images(batch)
-            torch.autograd.grad(value, parameters, allow_unused=True)
+            study.step(value)
             del value
     if not images:
         raise ValueError("`batches` must hold at least one batch, it was empty.")
@@ -138,20 +143,19 @@ def pareto_front(
 class _Operator:
     """What was measured of the operators of one kind in one module, summed over their calls."""
 
-    energy: float = 0.0  # squares of the exact gradients
-    errors: dict[int, float] = field(default_factory=dict)  # by width
-    kept: dict[int, int] = field(default_factory=dict)  # bytes, by width
+    errors: dict[int, float] = field(
+        default_factory=lambda: defaultdict(float)
+    )  # of parameters' gradients, squared, by width
+    local_errors: dict[int, float] = field(default_factory=lambda: defaultdict(float))  # of the gradients it passes on
+    kept: dict[int, int] = field(default_factory=lambda: defaultdict(int))  # bytes, by width
     # of an activation function's derivative: numbers of cells, and the squared upstream gradient that fell into each
     derivatives: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
 
-    def add(self, width: int, error: float, kept: int) -> None:
-        self.errors[width] = self.errors.get(width, 0.0) + error
-        self.kept[width] = self.kept.get(width, 0) + kept
-
     def fit(self) -> dict[int, list[float]]:
-        """Levels for every width, if this is an activation function; their error is added to ``errors``.
+        """Levels for every width, if this is an activation function; ``errors`` become theirs.
 
-        dx = dy f'(x), so the error is the sum of dy^2 (f'(x) - level)^2: what the levels minimise, and what the histogram knows.
+        dx = dy f'(x), so its error is the sum of dy^2 (f'(x) - level)^2: what the levels minimise, and what the histogram knows.
+        How much of it arrives at the parameters is taken from the levels that were measured.
         """
         if not self.derivatives:
             return {}
@@ -159,10 +163,11 @@ class _Operator:
         energy = np.bincount(owner, np.concatenate([weights for _, weights in self.derivatives]))
         values = cells / _DERIVATIVE_CELLS
         levels = {}
-        for width in self.errors:
+        for width in self.kept:
             fitted = np.array(fit_levels(values, energy / energy.sum(), width, _FIT_RESOLUTION))
             nearest = fitted[np.searchsorted((fitted[1:] + fitted[:-1]) / 2, values)]
-            self.errors[width] += float((energy * (values - nearest) ** 2).sum())
+            if self.local_errors[width]:
+                self.errors[width] *= float((energy * (values - nearest) ** 2).sum()) / self.local_errors[width]
             levels[width] = [round(level, 6) for level in fitted.tolist()]
         return levels
 
@@ -170,11 +175,16 @@ class _Operator:
 class _Study:
     """The measurements of all operators of a model, and the choice that follows from them."""
 
-    def __init__(self, config: ActivationQuantizationConfig, widths: Sequence[int]) -> None:
+    def __init__(
+        self, config: ActivationQuantizationConfig, widths: Sequence[int], parameters: Sequence[nn.Parameter]
+    ) -> None:
         self.config = config
+        self.parameters = parameters
+        self.energy = 0.0  # squares of their gradients
         self.operators: dict[tuple[str, str], _Operator] = {}  # by module name and kind
         # the operators at every width; the name of the module does not matter where every operator has the same settings
         self.modes = {width: OperatorMode(replace(config, bits=width, levels=None), "") for width in widths}
+        self._propagating = False
 
     @contextmanager
     def measuring(self, model: nn.Module) -> Iterator[None]:
@@ -193,32 +203,47 @@ class _Study:
                 module.__class__ = classes[module]
                 module._activation_settings = settings
 
+    def step(self, loss: Tensor) -> None:
+        """Differentiate ``loss`` and measure every operator on the way."""
+        gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        self.energy += sum(_energy(gradient) for gradient in gradients if gradient is not None)
+
     def measure(self, module_name: str, kind: str, call: "_Call", grad: Tensor) -> None:
         """Run ``call`` at every width and note the errors of its gradients, given the gradient ``grad`` of its result."""
+        if self._propagating:
+            return
         operator = self.operators.setdefault((module_name, kind), _Operator())
         exact, _ = call.gradients(grad)
-        energy = sum(map(_energy, exact))
-        operator.energy += energy
-        errors, kept = {}, {}
+        negligible = 1e-12 * sum(map(_energy, exact))  # exact up to rounding
         for width, mode in self.modes.items():
-            actual, kept[width] = call.gradients(grad, mode)
-            errors[width] = sum(_energy(a - e) for a, e in zip(actual, exact))
-        if kind == "activation" and self.config.rounding == "nearest" and max(errors.values()) > 1e-9 * energy:
+            actual, kept = call.gradients(grad, mode)
+            difference = [a - e for a, e in zip(actual, exact)]
+            error = sum(map(_energy, difference))
+            operator.kept[width] += kept
+            if error > negligible:
+                operator.local_errors[width] += error
+                operator.errors[width] += self._at_the_parameters(call, difference)
+        if kind == "activation" and self.config.rounding == "nearest" and operator.local_errors:
             (derivative,), _ = call.gradients(torch.ones_like(grad))
             if derivative.shape == grad.shape:  # not so for max pooling
                 operator.derivatives.append(_histogram(derivative, grad))
-                errors = dict.fromkeys(errors, 0.0)  # `fit` adds those of the fitted levels
-        for width in self.modes:
-            operator.add(width, errors[width], kept[width])
+
+    def _at_the_parameters(self, call: "_Call", gradients: Sequence[Tensor]) -> float:
+        """Squares of the parameters' gradients that ``gradients`` of the inputs of ``call`` alone amount to."""
+        self._propagating = True
+        try:
+            found = torch.autograd.grad(call.edges, self.parameters, gradients, retain_graph=True, allow_unused=True)
+        finally:
+            self._propagating = False
+        return sum(_energy(gradient) for gradient in found if gradient is not None)
 
     def solve(
         self, widths: Sequence[int], images: int, budget: int | float | None, target_error: float | None
     ) -> ActivationQuantizationConfig:
         """The configuration with the least error within ``budget``, or the fewest bytes within ``target_error``."""
-        energy = sum(operator.energy for operator in self.operators.values())
         # width matters to them
         operators = {key: o for key, o in self.operators.items() if len(set(o.kept.values())) > 1}
-        if not operators or not energy > 0:
+        if not operators or not self.energy > 0:
             raise ValueError(
                 "No operator of `model` that keeps codes received a gradient; check what is trainable, `config.skip_modules` "
                 "and the loss."
@@ -230,7 +255,7 @@ class _Study:
             np.array([[operator.errors[width] for width in widths] for operator in operators.values()]),
         )
         cost = cost + fixed
-        relative = np.sqrt(error / energy)
+        relative = np.sqrt(error / self.energy)
         if target_error is not None:
             within = relative <= target_error
             if not within.any():
@@ -307,6 +332,7 @@ class _Call:
         trained = {id(leaf): leaf for leaf in leaves if _needs_gradient(leaf)}
         self.parameters = {key for key, leaf in trained.items() if leaf.is_leaf}
         self.inputs = {k: x.detach() if k in self.parameters else x.detach().clone() for k, x in trained.items()}
+        self.edges = [get_gradient_edge(x) for x in trained.values()]
         self.constants = [None if id(leaf) in trained else leaf for leaf in leaves]
         device = next(iter(trained.values())).device
         self.devices = [device] if device.type == "cuda" else []
