@@ -16,6 +16,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from .activation_functions import ACTIVATION_FUNCTIONS, ActivationFunction, activation_function
 from .codec import WIDTHS
@@ -38,7 +39,7 @@ class CodeTable:
     levels: tuple[float, ...]
 
 
-@cache
+@torch.compiler.assume_constant_result  # tables are data to a compiled graph; their making is not traced
 def code_table(
     name: str,
     params: tuple[tuple[str, float], ...],
@@ -53,6 +54,11 @@ def code_table(
     ``bits`` and ``levels`` say. ``double``: inputs are compared in float64, otherwise in float32. ``stochastic``: the outermost
     levels are moved to the extremes of the derivative, without which stochastic rounding would be biased there.
     """
+    return _code_table(name, params, bits, levels, double, stochastic)
+
+
+@cache
+def _code_table(name, params, bits, levels, double, stochastic) -> CodeTable:
     function = activation_function(name)
     if unknown := set(dict(params)) - set(function.params):
         raise ValueError(
@@ -105,13 +111,12 @@ def fit_levels(values: np.ndarray, weights: np.ndarray, bits: int, resolution: i
         total = best[:, None] + cost
         cuts.append(total.argmin(0))
         best = total.min(0)
-    edge, edges = resolution, []
+    edges = [resolution]
     for cut in reversed(cuts):
-        edge = cut[edge]
-        edges.append(edge)
-    boundaries = low + (high - low) / resolution * np.array(edges[::-1], np.float64)
-    centres = np.concatenate([[low], boundaries, [high]])
-    levels = (centres[1:] + centres[:-1]) / 2
+        edges.insert(0, cut[edges[0]])
+    edges = np.array([0, *edges])
+    inside, centres = mass[edges[:-1], edges[1:]], low + (high - low) * (edges[1:] + edges[:-1]) / (2 * resolution)
+    levels = np.sort(np.where(inside > 0, first[edges[:-1], edges[1:]] / np.where(inside > 0, inside, 1), centres))
     order = np.argsort(values)
     values, weights = values[order], weights[order]
     mass, first = (np.concatenate([[0.0], np.cumsum(w)]) for w in (weights, weights * values))

@@ -1,0 +1,58 @@
+"""The declared ops: schemas, fake implementations, aliasing, and tracing through `torch.compile`."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from peft_s2a.activations import functional, ops
+from peft_s2a.activations.functional import Quantizer
+
+
+def _calls():
+    x, grad, seed = torch.randn(5, 24), torch.randn(5, 24), torch.tensor(7)
+    heads = torch.randn(2, 7, 3, 8).transpose(1, 2)
+    groups = ops.encode_groups(x, 3, 8, None, "reference")
+    normed = ops.encode_norm(x, 1e-5, True, True, 4, 24, None, "reference")
+    coded = list(ops.encode_heads(heads, 4, 8, True, True, None, "reference"))
+    mask = torch.randn(1, 3, 7, 7)
+    return {
+        "encode_steps": (x.view(-1), [-0.5, 0.5], [0, 1, 2], 2),
+        "encode_levels": (x.view(-1), [0.0, 0.2, 0.5, 1.0], 2, seed),
+        "scale_by_levels": (grad.view(-1), torch.randint(0, 255, (30,), dtype=torch.uint8), [0.0, 0.2, 0.5, 1.0], 2),
+        "encode_groups": (x, 3, 8, seed),
+        "decode_groups": (*groups, 3, 8, 24, torch.float32),
+        "encode_norm": (x, 1e-5, True, True, 4, 24, None),
+        "norm_backward": (grad, *normed, torch.randn(24), True, 4, 24, [True, True, False]),
+        "encode_heads": (heads, 4, 8, True, True, None),
+        "attention_backward": (torch.randn(2, 3, 7, 8), coded, coded, coded, mask, False, 0.3, 4, 8, 8, True),
+    }
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("name", _calls())
+def test_schema_and_fake_implementation_match_the_real_one(name, backend):
+    torch.library.opcheck(
+        getattr(torch.ops.s2a, name).default, (*_calls()[name], backend), test_utils=("test_schema", "test_faketensor")
+    )
+
+
+def test_functions_run_on_fake_tensors():
+    with FakeTensorMode():
+        x = torch.randn(2, 3, 16, 8, requires_grad=True)
+        y = functional.scaled_dot_product_attention(x, x, x, quantizer=Quantizer())
+        y = functional.activation(functional.layer_norm(y, (8,), quantizer=Quantizer()), "gelu", quantizer=Quantizer())
+        y.sum().backward()
+    assert x.grad.shape == x.shape
+
+
+def test_functions_compile_without_graph_breaks():
+    def step(x):
+        y = functional.layer_norm(x, (8,), quantizer=Quantizer())
+        y = functional.scaled_dot_product_attention(y, 2 * y, y + 1, quantizer=Quantizer())
+        return functional.activation(y, "gelu", quantizer=Quantizer())
+
+    x = torch.randn(2, 3, 16, 8, requires_grad=True)
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    (ours,) = torch.autograd.grad(compiled(x).sum(), x)
+    (plain,) = torch.autograd.grad(step(x).sum(), x)
+    torch.testing.assert_close(ours, plain)
