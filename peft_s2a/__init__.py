@@ -1,5 +1,6 @@
 """S2A: fine-tuning vision backbones with little memory, as a PEFT plugin. Importing registers the tuner types with PEFT."""
 
+from peft_s2a.activations.calibrate import calibrate_activations
 from peft_s2a.activations.config import ActivationQuantizationConfig
 from peft_s2a.activations.wrap import quantize_activations, restore_activations
 from peft_s2a.config import S2ABiasConfig, S2AConfig, S2APromptConfig, S2ASideConfig
@@ -18,6 +19,7 @@ __all__ = [
     "S2AModel",
     "S2APromptConfig",
     "S2ASideConfig",
+    "calibrate_activations",
     "estimate_memory",
     "profile_memory",
     "quantize_activations",

@@ -56,7 +56,7 @@ def calibrate_activations(
     The model is measured as it is going to be trained: with what is trainable now, in train mode, with its stock operators. It is
     left as it was: weights, gradients, buffers, modes, random state, and whether its activations are quantised. A measured
     step takes the memory of a stock step twice, and the time of about as many steps as there are quantised operators times widths,
-    so let the batches be few and small. All ``batches`` are used.
+    so let the batches be few and small. All ``batches`` are used. Activation checkpointing has to be off or non-reentrant.
 
     Apply the result with `quantize_activations`, or give it to a tuner's configuration (``activation_quantization=...``), which
     saves it with the adapter. Names of modules are those in the base model, so it fits the bare model, the one inside a
