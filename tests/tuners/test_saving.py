@@ -174,7 +174,7 @@ class TestBrokenWeights:
             change, error, message = BROKEN_TENSORS[broken]
             bad = changed_copy(folder, tmp_path, change)
         else:
-            error, message = SafetensorError, ""
+            error, message = SafetensorError, "."
             bad = changed_copy(folder, tmp_path)
             BROKEN_FILES[broken](bad / WEIGHTS)
         base = base_model()
@@ -195,7 +195,7 @@ class TestBrokenWeights:
     @every_s2a
     def test_the_first_adapter_is_refused_and_the_model_stays_usable(self, method, broken, saved, tmp_path):
         folder, good = saved(method)
-        error, message = SafetensorError, ""
+        error, message = SafetensorError, "."
         if broken in BROKEN_TENSORS:
             change, error, message = BROKEN_TENSORS[broken]
             bad = changed_copy(folder, tmp_path, change)
