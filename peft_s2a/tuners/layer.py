@@ -135,8 +135,17 @@ class AttachedLayer(S2ALayer):
     def attach(self) -> AttachedLayer:
         """Registers the layer on its host, and its hooks."""
         self._host[0].add_module(self.attribute, self)
+        if self.adapter_layer_names:
+            self._before(self._host[0], self._refuse_replicas)
         self._hook()
         return self
+
+    def _refuse_replicas(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if getattr(module, "_is_replica", False):
+            raise RuntimeError(
+                "S2A does not run under torch.nn.DataParallel, whose replicas share the hooks, and so the weights, of the "
+                "original. Start one process per device (`accelerate launch` or `torchrun`), or let one device be visible."
+            )
 
     def detach_from_host(self) -> None:
         """Takes the layer off its host, and its hooks off all modules."""
@@ -144,7 +153,7 @@ class AttachedLayer(S2ALayer):
         delattr(self._host[0], self.attribute)
 
     def _hook(self) -> None:
-        """Registers the hooks through `_before` and `_after`."""
+        """Registers the layer's own hooks through `_before` and `_after`."""
 
     def _before(self, module: nn.Module, hook: Callable) -> None:
         module.register_forward_pre_hook(hook, with_kwargs=True)

@@ -37,6 +37,7 @@ from peft import (
 from torch import nn
 
 from peft_s2a import ActivationQuantizationConfig, S2ABiasConfig, S2AConfig, S2ASideConfig
+from peft_s2a.tuners.layer import AttachedLayer
 
 
 every_method = pytest.mark.parametrize("method", METHODS)
@@ -600,6 +601,16 @@ class TestCopiesAndCompilation:
         for name, expected in gradients[0].items():
             assert expected is not None and gradients[1][name] is not None, name
             torch.testing.assert_close(gradients[1][name], expected)
+
+    @pytest.mark.parametrize("method", ["s2a_prompt", "s2a_side", "s2a_ladder", "s2a_linear"])
+    def test_replicas_of_data_parallel_are_refused(self, method):
+        # Replicas are made on devices; this is how torch makes one of a module, without its children.
+        model = get_peft_model(base_model(), make_config(method))
+        hosts = {m.get_base_layer() for m in model.modules() if isinstance(m, AttachedLayer) and m.adapter_layer_names}
+        assert hosts
+        for host in hosts:
+            with pytest.raises(RuntimeError, match="accelerate launch"):
+                host._replicate_for_data_parallel()(torch.randn(1, 5, 32))
 
     def test_a_ladder_without_a_head_refuses_gradient_checkpointing(self):
         base = base_model().vit
