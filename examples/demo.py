@@ -42,14 +42,14 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, HfArgumentParser, PreTrainedModel, default_data_collator
 
-from peft_s2a.memory.profile import profile_memory
+from peft_s2a import profile_memory
 
 
 EXAMPLES = Path(__file__).resolve().parent
 BACKBONE = ModelArguments(model_name_or_path=str(EXAMPLES / "backbone"))
 LABELS = [str(digit) for digit in range(10)]
 LEARNING_RATES = {"linear": 1e-2, "lora": 2e-3, "s2a": 2e-3, "full": 1e-4}  # what --search found
-SEARCH_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
+SEARCH_FACTORS = (1.0, 2.0, 4.0, 8.0, 16.0)
 
 
 @dataclass

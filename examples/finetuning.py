@@ -16,8 +16,7 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
-from peft_s2a import S2ABiasConfig, S2AConfig, S2APromptConfig, S2ASideConfig
-from peft_s2a.activations.config import ActivationQuantizationConfig
+from peft_s2a import ActivationQuantizationConfig, S2ABiasConfig, S2AConfig, S2APromptConfig, S2ASideConfig
 from peft_s2a.tuners.targets import FUSED_NAMES, QUERY_NAMES, VALUE_NAMES, find_task_heads
 
 

@@ -31,7 +31,7 @@ from rich.table import Table
 from transformers import HfArgumentParser, Trainer, TrainingArguments, default_data_collator, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from peft_s2a.memory.profile import profile_memory
+from peft_s2a import profile_memory
 
 
 @dataclass
