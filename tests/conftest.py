@@ -4,6 +4,8 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -21,3 +23,11 @@ if TIMM_FOLDER.is_dir():
         TORCHVISION = torch.library.Library("torchvision", "DEF")
         TORCHVISION.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         TORCHVISION.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed():
+    """Random inputs are the same in every run, whichever tests run before."""
+    import torch
+
+    torch.manual_seed(20250316)
