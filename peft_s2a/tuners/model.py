@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -56,8 +58,6 @@ class S2AModel(BaseTuner):
     # Injection: everything is decided, and refused, before the model is changed.
 
     def _prepare_adapter_config(self, peft_config: _S2ABaseConfig, model_config: dict) -> _S2ABaseConfig:
-        if peft_config.modules_to_save is None:
-            peft_config.modules_to_save = find_task_heads(self.model)
         peft_config.structure_targets = resolve_targets(self.model, peft_config)
         return peft_config
 
@@ -78,14 +78,13 @@ class S2AModel(BaseTuner):
             )
         # What is decided for this model goes into a copy, so that the user's configuration serves other models too.
         config = self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
-        if (
-            state_dict is not None
-        ):  # PEFT wants the targets from its keys; it reads them off the part before our prefix
-            statistics = find_statistics(model, config)
-            config.structure_targets = {
-                **recorded_in(state_dict),
-                **({"statistics": statistics} if statistics else {}),
-            }
+        if config.modules_to_save is None:
+            config.modules_to_save = find_task_heads(model)
+        if state_dict is not None:
+            config.structure_targets = recorded_in(state_dict)
+            if statistics := find_statistics(model, config):
+                config.structure_targets["statistics"] = statistics
+            # PEFT reads the targets off the keys: what comes before our prefix.
             names = {name for targets in config.structure_targets.values() for name in targets}
             state_dict = dict.fromkeys(f"{name}.{PREFIX}" for name in names)
         requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
@@ -211,6 +210,15 @@ class S2AModel(BaseTuner):
         for layer in self._layers():
             if isinstance(layer, LadderTop):
                 layer.join(rungs, heads)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:  # PEFT would drop the argument without a word
+            raise ValueError(
+                "S2A does not mix adapters within a batch, as `adapter_names` asks for: split the batch by adapter and call "
+                "`set_adapter` before each part."
+            )
+        yield
 
     # Removal.
 

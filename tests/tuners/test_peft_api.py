@@ -95,11 +95,9 @@ class TestStart:
         base = base_model()
         assert get_peft_model(base, make_config(method)).get_base_model() is base
 
-    @every_s2a
+    @pytest.mark.parametrize("method", [method for method in S2A if method != "s2a_linear"])  # names a ViT's modules
     def test_one_configuration_serves_several_models(self, method):
         config = make_config(method)
-        if config.target_modules is not None:
-            pytest.skip("names the modules of a ViT")
         untouched = config.to_dict()
         get_peft_model(base_model(), config)
         model = get_peft_model(families.build("dinov2"), config)
@@ -140,6 +138,12 @@ class TestSeveralAdapters:
         both = logits(model)
         assert not torch.allclose(both, alone["first"]) and not torch.allclose(both, alone["second"])
         assert {name.rsplit(".", 1)[-1] for name in trainable(model)} <= {"first", "second", "weight"}
+
+    @every_s2a
+    def test_mixed_batches_are_refused(self, method):
+        model = get_peft_model(base_model(), make_config(method))
+        with pytest.raises(ValueError, match="split the batch by adapter"):
+            model(pixel_values=families.batch("vit")[0], adapter_names=["default"] * 4)
 
     @every_method
     def test_disable_adapter_gives_the_base_models_output(self, method):
