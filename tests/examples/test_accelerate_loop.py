@@ -2,6 +2,7 @@
 
 import re
 
+import pytest
 from example_scripts import EXAMPLES, run_script
 from safetensors.torch import load_file
 
@@ -27,8 +28,13 @@ def accuracies(printed):
     return [float(value) for value in re.findall(r"accuracy ([\d.]+)", printed)]
 
 
-def test_two_processes_end_with_the_adapter_of_one(checkpoint, image_folders, tmp_path):
-    options = ("--method", "s2a", "--augmentation", "none")
+@pytest.mark.parametrize(
+    ("activation_bits", "tolerance"),
+    # Columns of norms are standardised over the tokens of a batch, so a process with half of the batch rounds differently.
+    [(0, 1e-5), (4, 0.05)],
+)
+def test_two_processes_end_with_the_adapter_of_one(checkpoint, image_folders, tmp_path, activation_bits, tolerance):
+    options = ("--method", "s2a", "--augmentation", "none", "--activation_bits", str(activation_bits))
     printed = fine_tune(checkpoint, image_folders, tmp_path / "one", *options)
     assert "1 processes on cpu" in printed
     assert accuracies(printed)[-1] > 0.9, "nothing was learned"
@@ -37,8 +43,9 @@ def test_two_processes_end_with_the_adapter_of_one(checkpoint, image_folders, tm
     assert accuracies(printed)[-1] > 0.9
     one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
+    scale = max(value.abs().max() for value in one.values()) if activation_bits else 1
     for name, value in one.items():
-        assert (value - two[name]).abs().max() < 1e-5, name
+        assert (value - two[name]).abs().max() < tolerance * scale, name
 
 
 def test_mixed_precision_and_gradient_accumulation_learn_with_lora(checkpoint, image_folders, tmp_path):
