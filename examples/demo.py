@@ -132,8 +132,8 @@ def search(train: list[dict], args: Arguments) -> Table:
     return table
 
 
-def compare(train: list[dict], test: list[dict], args: Arguments) -> tuple[Table, dict[str, Run]]:
-    """The table of the methods, and the first run of each."""
+def compare(train: list[dict], test: list[dict], args: Arguments) -> tuple[Table, list[dict], dict[str, Run]]:
+    """The table of the methods, its figures as plain data, and the first run of each."""
     runs: dict[str, list[Run]] = {method: [] for method in args.methods}
     with tqdm(total=len(args.methods) * len(args.seeds)) as progress:
         for seed in args.seeds:
@@ -152,19 +152,22 @@ def compare(train: list[dict], test: list[dict], args: Arguments) -> tuple[Table
     for heading in ("accuracy\n%", "trainable\nparameters", "activations\nKiB/image", "peak\nMiB", "training\ns"):
         table.add_column(heading, justify="right", no_wrap=True)
     batch = default_data_collator(train[: args.batch_size])
+    rows = []
     for method, results in runs.items():
         memory = profile_memory(results[0].model, batch)
         accuracies = 100 * np.array([result.accuracy for result in results])
         spread = f" ± {accuracies.std(ddof=1):.2f}" if len(results) > 1 else ""
-        table.add_row(
-            METHODS[method].title,
-            f"{accuracies.mean():.2f}{spread}",
-            f"{trainable_parameters(results[0].model):,}",
-            f"{memory.saved_bytes / args.batch_size / 2**10:.0f}",
-            f"{memory.step_peak_bytes / 2**20:.1f}",
-            f"{np.mean([result.seconds for result in results]):.1f}",
-        )
-    return table, {method: results[0] for method, results in runs.items()}
+        row = {
+            "method": METHODS[method].title,
+            "accuracy": f"{accuracies.mean():.2f}{spread}",
+            "trainable": trainable_parameters(results[0].model),
+            "saved_kib_per_image": round(memory.saved_bytes / args.batch_size / 2**10),
+            "peak_mib": round(memory.step_peak_bytes / 2**20, 1),
+            "seconds": round(float(np.mean([result.seconds for result in results])), 1),
+        }
+        rows.append(row)
+        table.add_row(*(f"{value:,}" if isinstance(value, int) else str(value) for value in row.values()))
+    return table, rows, {method: results[0] for method, results in runs.items()}
 
 
 def reload_and_classify(model: PeftModel, images: list[Image.Image], test: list[dict], args: Arguments) -> str:
@@ -213,8 +216,11 @@ def main() -> None:
         console.print(search(train, args))
         return
     test = examples(images, labels, test_indices)
-    table, first_runs = compare(train, test, args)
+    table, rows, first_runs = compare(train, test, args)
     console.print(table)
+    results = Path(args.output_dir, "results.json")
+    results.parent.mkdir(parents=True, exist_ok=True)
+    results.write_text(json.dumps({"seeds": len(args.seeds), "rows": rows}, indent=1) + "\n")
     if "s2a" in first_runs:
         classified = [images[index] for index in test_indices[: args.num_classified]]
         console.print(reload_and_classify(first_runs["s2a"].model, classified, test, args))
