@@ -23,5 +23,6 @@ def test_the_search_tries_five_rates_for_each_method(tmp_path):
         *(EXAMPLES / "demo.py", "--search", "--seeds", "0", "--num_train_epochs", "1", "--methods", "linear"),
         *("--num_train", "100", "--output_dir", tmp_path),
     )
-    rates = re.findall(r"lr ([\d.e-]+)\)", printed)
-    assert len(set(map(float, rates))) == 5
+    (row,) = (line for line in printed.splitlines() if line.startswith("│ linear probe"))
+    rates = [float(rate) for rate in re.findall(r"lr ([\d.e-]+)\)", row)]
+    assert len(set(rates)) == 5
