@@ -204,8 +204,26 @@ def environment() -> dict[str, Any]:
     facts["cpu threads"] = torch.get_num_threads()
     facts["cpu capability"] = torch.backends.cpu.get_cpu_capability()
     facts["onednn"] = torch.backends.mkldnn.is_available()
+    facts["backends"] = _backends()
     facts["cuda devices"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return facts
+
+
+def _backends() -> list[str]:
+    """The backends of the quantised operators that can run here."""
+    import importlib.util
+
+    import torch
+
+    from .activations.backends import compiled
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the table says what is missing
+        found = ["reference"] + (["compiled"] if compiled.library() is not None else [])
+    has_triton = importlib.util.find_spec("peft_s2a.activations.backends.triton") and importlib.util.find_spec(
+        "triton"
+    )
+    return found + (["triton"] if has_triton and torch.cuda.is_available() else [])
 
 
 def _version(package: str) -> str:

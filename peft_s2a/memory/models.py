@@ -82,6 +82,9 @@ class VisionModel:
 
         config = copy.deepcopy(self.config)
         is_classifier = type(config) in AutoModelForImageClassification._model_mapping
+        if is_classifier and not config.architectures:  # where there are several, transformers asks for the one meant
+            classes = AutoModelForImageClassification._model_mapping[type(config)]
+            config.architectures = [(classes[0] if isinstance(classes, tuple) else classes).__name__]
         auto = AutoModelForImageClassification if is_classifier else AutoModel
         try:
             with torch.device(device):

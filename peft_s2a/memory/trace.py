@@ -176,7 +176,7 @@ class StepTrace:
 
     def operator(self, function: Any, args: tuple, kwargs: dict) -> Any:
         """Runs an operator of the step and notes what it leaves live."""
-        if function is _DEVICE_QUERY or self._is_packing:
+        if function is _DEVICE_QUERY or function.namespace == "profiler" or self._is_packing:
             return function(*args, **kwargs)
         output = self.meter.call(self, function, args, kwargs)
         for tensor in _tensors(output):
@@ -218,12 +218,12 @@ class StepTrace:
 
     def _place(self) -> tuple[str, str]:
         """The (module, phase) that the step is in."""
-        node = torch._C._current_autograd_node()
-        if node is None:
+        if torch._C._current_graph_task_id() == -1:
             return (self._modules[-1] if self._modules else ""), ("optimizer" if self._in_optimizer else "forward")
         if self._modules:  # a forward pass within backward: recomputation
             return self._modules[-1], "backward"
-        if node.name() == "torch::autograd::AccumulateGrad":  # belongs to the operator before it, and has no number
+        node = torch._C._current_autograd_node()
+        if node is None or node.name() == "torch::autograd::AccumulateGrad":  # sums gradients, and has no number
             return (self.moments[-1].module if self.moments else ""), "backward"
         return self._module_names[bisect_right(self._module_starts, node._sequence_nr()) - 1], "backward"
 
