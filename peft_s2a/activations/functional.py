@@ -7,12 +7,15 @@ refused.
 """
 
 import math
+import threading
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import ops
 from .activation_functions import activation_function
@@ -107,7 +110,7 @@ def _encode_derivative(x: Tensor, name: str, params: dict, table: CodeTable, qua
 
 class _Activation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, name, params, table, quantizer, inplace):
+    def forward(ctx, x, name, params, table, quantizer, inplace, overwrite):
         function = activation_function(name)
         ctx.order = _memory_order(x)
         ctx.table, ctx.backend = table, quantizer.backend
@@ -115,6 +118,11 @@ class _Activation(torch.autograd.Function):
         if inplace:
             ctx.mark_dirty(x)
             return function.forward_(x, **params)
+        if overwrite:
+            torch.autograd.graph.increment_version(
+                x
+            )  # whoever kept x against the promise gets an error, not a wrong value
+            return function.forward_(x.data, **params)
         return function.forward(x, **params)
 
     @staticmethod
@@ -123,10 +131,12 @@ class _Activation(torch.autograd.Function):
         (packed,) = ctx.saved_tensors
         flat = _flat(grad, ctx.order)
         d_x = ops.scale_by_levels(flat, packed, ctx.table.levels, ctx.table.bits, ctx.backend)
-        return _unflat(d_x, grad.shape, ctx.order), None, None, None, None, None
+        return _unflat(d_x, grad.shape, ctx.order), None, None, None, None, None, None
 
 
-def activation(x: Tensor, name: str, *, quantizer: Quantizer, inplace: bool = False, **params: float) -> Tensor:
+def activation(
+    x: Tensor, name: str, *, quantizer: Quantizer, inplace: bool = False, overwrite: bool = False, **params: float
+) -> Tensor:
     """Activation function ``name`` of ``x``; keeps ``quantizer.bits`` bits a value (1 bit, exact, if piecewise linear).
 
     Args:
@@ -134,6 +144,8 @@ def activation(x: Tensor, name: str, *, quantizer: Quantizer, inplace: bool = Fa
         name: a key of `activation_functions.ACTIVATION_FUNCTIONS`.
         inplace: write the result over ``x``. Only where nothing else reads ``x``; autograd raises if its old value was kept.
             Functions without an in-place form ignore it.
+        overwrite: the caller promises that nobody reads ``x`` any more: its memory is used for the result, which is a tensor of
+            its own to autograd. Unlike ``inplace`` this costs nothing where ``x`` is a view, as linear layers' results are.
         params: the function's own parameters (``negative_slope``, ``alpha``, ...).
 
     Source: derivative codes as in S2A (arXiv:2503.08154) and fewbit (Novikov et al. 2022); see `levels` for the tables.
@@ -145,7 +157,8 @@ def activation(x: Tensor, name: str, *, quantizer: Quantizer, inplace: bool = Fa
     items = tuple(sorted(params.items()))
     stochastic = quantizer.rounding == "stochastic"
     table = code_table(name, items, quantizer.bits, quantizer.levels, x.dtype == torch.float64, stochastic)
-    return _Activation.apply(x, name, params, table, quantizer, inplace)
+    overwrite = overwrite and function.forward_ is not None
+    return _Activation.apply(x, name, params, table, quantizer, inplace, overwrite)
 
 
 # rows from which on a norm's columns are standardised (bfloat16 mean and deviation each): there they weigh little
@@ -244,27 +257,51 @@ def rms_norm(
     return _RowNorm.apply(x, weight, None, tuple(normalized_shape), eps, False, quantizer)
 
 
+_last_query = threading.local()
+
+
+def _encode_query(query: Tensor, quantizer: Quantizer) -> list[Tensor]:
+    """Codes of ``query`` (``[B, H, N, D]``) with its token mean; those made last, while they are kept and if they were made of the
+    same memory. So the attention of a layer and the prompts it attends to beside keep one set of codes."""
+    settings = quantizer.bits, quantizer.group_size, quantizer.center_attention, True
+    if torch.compiler.is_compiling() or quantizer.rounding != "nearest":
+        return list(ops.encode_heads(query, *settings, quantizer.draw_seed(), quantizer.backend))
+    storage = StorageWeakRef(query.untyped_storage())
+    layout = query.shape, query.stride(), query.storage_offset(), query.dtype, query._version, quantizer
+    last = getattr(_last_query, "value", None)
+    if last is not None and last[0] == storage and not last[0].expired() and last[1] == layout:
+        codes = [reference() for reference in last[2]]
+        if all(code is not None for code in codes):
+            return codes
+    codes = list(ops.encode_heads(query, *settings, None, quantizer.backend))
+    _last_query.value = storage, layout, [weakref.ref(code) for code in codes]
+    return codes
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, mask, dropout_p, is_causal, scale, quantizer):
+    def forward(ctx, query, key, value, mask, mask_terms, dropout_p, is_causal, scale, quantizer):
         # the random stream is kept, not the mask: backward draws the same mask again
         random_state = _random_state(query.device) if dropout_p else None
         out = F.scaled_dot_product_attention(query, key, value, mask, dropout_p, is_causal, scale=scale)
         # A constant added to all keys, or to all values, cancels in dS = P * (dP - rowsum(P * dP)), in dQ = dS K (the rows of
         # dS sum to zero) and in P: only the query's mean has to be kept. With dropout the values' does not cancel.
         codes = [
-            ops.encode_heads(
-                _with_heads(x),
-                quantizer.bits,
-                quantizer.group_size,
-                quantizer.center_attention,
-                x is query or dropout_p > 0,
-                quantizer.draw_seed(),
-                quantizer.backend,
-            )
-            for x in (query, key, value)
+            _encode_query(_with_heads(query), quantizer),
+            *(
+                ops.encode_heads(
+                    _with_heads(x),
+                    quantizer.bits,
+                    quantizer.group_size,
+                    quantizer.center_attention,
+                    dropout_p > 0,
+                    quantizer.draw_seed(),
+                    quantizer.backend,
+                )
+                for x in (key, value)
+            ),
         ]
-        ctx.save_for_backward(*codes[0], *codes[1], *codes[2], mask, random_state)
+        ctx.save_for_backward(*codes[0], *codes[1], *codes[2], *(mask_terms or (mask, None)), random_state)
         ctx.dropout_p, ctx.is_causal, ctx.scale, ctx.dim = dropout_p, is_causal, scale, query.shape[-1]
         ctx.quantizer = quantizer
         ctx.shapes = [x.shape for x in (query, key, value)]
@@ -274,9 +311,11 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         _refuse_double_backward()
-        *codes, mask, random_state = ctx.saved_tensors
+        *codes, mask, other_term, random_state = ctx.saved_tensors
+        if other_term is not None:
+            mask = mask + other_term
         if random_state is not None:
-            return (*_replay(ctx, grad, codes, mask, random_state), None, None, None, None)
+            return (*_replay(ctx, grad, codes, mask, random_state), None, None, None, None, None)
         mask_wanted = ctx.needs_input_grad[3]
         scale = 1 / math.sqrt(ctx.dim) if ctx.scale is None else ctx.scale
         *grads, d_mask = ops.attention_backward(
@@ -298,7 +337,7 @@ class _Attention(torch.autograd.Function):
             for d, shape, dtype, wanted in zip(grads, ctx.shapes, ctx.dtypes, ctx.needs_input_grad)
         ]
         d_mask = d_mask.view(mask.shape).to(mask.dtype) if mask_wanted else None
-        return (*grads, d_mask, None, None, None, None)
+        return (*grads, d_mask, None, None, None, None, None)
 
 
 def _random_state(device: torch.device) -> Tensor:
@@ -341,11 +380,14 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     *,
     quantizer: Quantizer,
+    mask_terms: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """`torch.nn.functional.scaled_dot_product_attention`; keeps b-bit queries, keys and values and recomputes the rest in
     backward, a few samples, heads or query rows at a time. Nothing of size L x S is kept; the mask is kept as a reference.
 
     Args: as the stock function, without grouped-query head counts. An additive ``attn_mask`` that needs a gradient gets one.
+    ``mask_terms`` are two tensors whose sum is ``attn_mask`` (which then needs no gradient), kept in its place: a position bias
+    for every head and a mask for every window take far less room than their sum.
     Dropout is replayed in backward from the kept state of the random generator, in one piece.
     With five or more dimensions, or batch dimensions that broadcast against each other, this is the stock call in full
     precision.
@@ -358,7 +400,7 @@ def scaled_dot_product_attention(
     batched = query.dim() <= 4 and len({x.shape[:-2] for x in tensors}) == 1
     if not _recording(*tensors, attn_mask) or not batched:
         return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
-    return _Attention.apply(query, key, value, attn_mask, dropout_p, is_causal, scale, quantizer)
+    return _Attention.apply(query, key, value, attn_mask, mask_terms, dropout_p, is_causal, scale, quantizer)
 
 
 class _Softmax(torch.autograd.Function):

@@ -34,7 +34,8 @@ class OperatorMode(TorchFunctionMode):
         self.config = config
         self.module_name = module_name
         self._quantizers: dict[str, Quantizer] = {}
-        self._mask: weakref.ref[Tensor] | None = None
+        self._masks: list[weakref.ref[Tensor]] = []
+        self.overwrites = False  # activation functions may use the memory of their input
 
     def __reduce__(self):
         return OperatorMode, (self.config, self.module_name)
@@ -45,15 +46,15 @@ class OperatorMode(TorchFunctionMode):
             self._quantizers[kind] = self.config.quantizer(kind, self.module_name)
         return self._quantizers[kind]
 
-    def shared(self, mask: Tensor | None) -> Tensor | None:
-        """``mask``, or the equal one that this module used last, if that is still kept: the same mask is kept once for all tiles,
-        which compute it anew each time."""
-        if mask is None or mask.requires_grad or torch.compiler.is_compiling():
-            return mask
-        last = self._mask() if self._mask is not None else None
-        if last is not None and last.device == mask.device and last.dtype == mask.dtype and _same_values(last, mask):
-            return last
-        self._mask = weakref.ref(mask)
+    def shared(self, mask: Tensor) -> Tensor:
+        """``mask``, or the equal one that this module used before, if that is still kept: a mask that is computed anew for every
+        tile is kept once."""
+        alive = [(reference, other) for reference in self._masks if (other := reference()) is not None]
+        self._masks = [reference for reference, _ in alive]
+        for _, other in alive:
+            if other.device == mask.device and other.dtype == mask.dtype and _same_values(other, mask):
+                return other
+        self._masks.append(weakref.ref(mask))
         return mask
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -71,6 +72,7 @@ def _same_values(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a, b)
 
 
+_TERMS = "_s2a_terms"
 _HANDLERS: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 
@@ -89,7 +91,8 @@ def _register_activation(name: str, *stock: Callable[..., Any], inplace: bool = 
     def handler(mode, input, *args, **kwargs):
         params = {**dict(zip((*parameters, "inplace"), args)), **kwargs}
         over = params.pop("inplace", inplace)
-        return functional.activation(input, name, quantizer=mode.quantizer("activation"), inplace=over, **params)
+        options = {"quantizer": mode.quantizer("activation"), "inplace": over, "overwrite": mode.overwrites}
+        return functional.activation(input, name, **options, **params)
 
     _handles(*stock)(handler)
 
@@ -119,7 +122,7 @@ _register_activation("sigmoid", torch.sigmoid_, Tensor.sigmoid_, inplace=True)
 @_handles(F.gelu)
 def _gelu(mode, input, approximate="none"):
     name = "gelu" if approximate == "none" else "gelu_tanh"
-    return functional.activation(input, name, quantizer=mode.quantizer("activation"))
+    return functional.activation(input, name, quantizer=mode.quantizer("activation"), overwrite=mode.overwrites)
 
 
 @_handles(F.layer_norm)
@@ -167,9 +170,35 @@ def _attention(mode, query, key, value, attn_mask=None, dropout_p=0.0, is_causal
     if enable_gqa and key.shape[-3] != query.shape[-3]:
         repeats = query.shape[-3] // key.shape[-3]
         key, value = (t.repeat_interleave(repeats, dim=-3) for t in (key, value))
+    terms = None
+    if attn_mask is not None and not attn_mask.requires_grad and not torch.compiler.is_compiling():
+        terms = getattr(attn_mask, _TERMS, None)
+        if terms is None:
+            attn_mask = mode.shared(attn_mask)
+        else:
+            terms = tuple(map(mode.shared, terms))
     return functional.scaled_dot_product_attention(
-        query, key, value, mode.shared(attn_mask), dropout_p, is_causal, scale, quantizer=mode.quantizer("attention")
+        query,
+        key,
+        value,
+        attn_mask,
+        dropout_p,
+        is_causal,
+        scale,
+        quantizer=mode.quantizer("attention"),
+        mask_terms=terms,
     )
+
+
+@_handles(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
+def _add(mode, input, other, **options):
+    """Remembers the terms of a sum that is much larger than they are, in case it is an attention mask."""
+    if options or not all(isinstance(t, Tensor) and t.dim() == 4 and not t.requires_grad for t in (input, other)):
+        return NotImplemented
+    result = torch.add(input, other)
+    if 2 * (input.numel() + other.numel()) < result.numel() and not torch.compiler.is_compiling():
+        setattr(result, _TERMS, (input, other))
+    return result
 
 
 @_handles(F.max_pool2d)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import ops
-from .functional import Quantizer, _recording, _refuse_double_backward
+from .functional import Quantizer, _encode_query, _recording, _refuse_double_backward
 
 
 def gated_prompt_attention(query: Tensor, key: Tensor, value: Tensor, gate: Tensor, num_heads: int) -> Tensor:
@@ -63,9 +63,7 @@ class _PromptAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, quantizer):
         heads = _with_heads(query, len(key))
-        codes = ops.encode_heads(
-            heads, quantizer.bits, quantizer.group_size, True, True, quantizer.draw_seed(), quantizer.backend
-        )
+        codes = _encode_query(heads, quantizer)
         ctx.save_for_backward(*codes, key, value)
         ctx.quantizer, ctx.shape = quantizer, query.shape
         return _prompt_attention(query, key, value)
@@ -79,7 +77,8 @@ class _PromptAttention(torch.autograd.Function):
             packed.flatten(0, 2), scales.flatten(0, 2), ctx.quantizer.bits, ctx.quantizer.group_size, dim, grad.dtype,
             ctx.quantizer.backend,
         ).view(*packed.shape[:3], dim)  # fmt: skip
-        query += mean
+        if mean.numel():
+            query += mean
         scale = 1 / math.sqrt(dim)
         grad = _with_heads(grad, heads)
         probabilities = (query @ key.transpose(-1, -2) * scale).softmax(-1)

@@ -8,14 +8,14 @@ and ``isinstance`` checks stay as they are; going back is giving the module its 
 
 import functools
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
@@ -39,6 +39,7 @@ class _Settings:
 
     operators: OperatorMode
     tile_dim: int | None  # 0: in tiles of samples, 1: of tokens, None: whole
+    producer: nn.Module | None = None  # for activation functions: the module whose result nobody else reads
     certificates: dict[Any, tiling.Certificate] = field(default_factory=dict)
 
     @property
@@ -73,6 +74,10 @@ def _quantized_class(stock: type[nn.Module]) -> type[nn.Module]:
         settings = self._activation_settings
         if not torch.is_grad_enabled():
             return stock.forward(self, *args, **kwargs)
+
+        settings.operators.overwrites = settings.producer is not None and not (
+            _has_hooks(settings.producer) or _has_hooks(self) or torch.compiler.is_compiling()
+        )
 
         def whole(*args, **kwargs):
             with settings.operators:
@@ -110,14 +115,16 @@ def quantize_activations(
             "`config` must be an ActivationQuantizationConfig, a dict of its arguments or None, got "
             f"{type(config).__name__}."
         )
-    blocks = set(_repeated_blocks(model))
+    blocks = set(_blocks(model))
+    producers = _producers(model)
     for name, module in model.named_modules():
         if config.skips(name) or not _has_operators(module):
             _restore(module)
             continue
         tile_dim = 0 if module in blocks else 1 if _is_mlp(module) else None
         module.__class__ = _quantized_class(_stock_class(module))
-        module._activation_settings = _Settings(OperatorMode(config, name), tile_dim)
+        producer = producers.get(module) if config.backend != "reference" else None
+        module._activation_settings = _Settings(OperatorMode(config, name), tile_dim, producer)
     return model
 
 
@@ -138,23 +145,92 @@ def _has_operators(module: nn.Module) -> bool:
     return not isinstance(module, (*_LEFT_ALONE, AuxiliaryTrainingWrapper)) and hasattr(type(module), "forward")
 
 
-def _repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """The outermost modules that are repeated: members of lists and sequences whose class occurs there more than once.
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """The modules that take a batch of samples and return one: the blocks or stages of a backbone, and what precedes them.
 
-    These are the blocks or stages of a backbone, which take a batch of samples and return one.
+    The former are the outermost modules that are repeated: members of lists and sequences whose class occurs there more than once.
+    The latter are the outermost modules with children and without any of the former inside: patch embeddings, stems.
     """
     lists = [module for module in model.modules() if isinstance(module, (nn.ModuleList, nn.Sequential))]
     times = Counter(_stock_class(child) for parent in lists for child in parent.children())
+
+    def is_repeated(parent: nn.Module, child: nn.Module) -> bool:
+        repeated = isinstance(parent, (nn.ModuleList, nn.Sequential)) and times[_stock_class(child)] > 1
+        return repeated and not isinstance(child, _LEFT_ALONE) and next(child.children(), None) is not None
+
+    around = {module for module in model.modules() if any(_any_inside(module, is_repeated))}
     blocks, pending = [], [model]
     while pending:
         module = pending.pop()
         for child in module.children():
-            repeated = isinstance(module, (nn.ModuleList, nn.Sequential)) and times[_stock_class(child)] > 1
-            if repeated and not isinstance(child, _LEFT_ALONE) and next(child.children(), None) is not None:
+            is_stem = module in around and child not in around and not isinstance(child, _LEFT_ALONE)
+            if is_repeated(module, child) or (is_stem and next(child.children(), None) is not None):
                 blocks.append(child)
             else:
                 pending.append(child)
     return blocks
+
+
+def _any_inside(module: nn.Module, predicate) -> Iterator[bool]:
+    return (predicate(parent, child) for parent in module.modules() for child in parent.children())
+
+
+def _producers(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """{activation function: linear or convolutional layer} for pairs of which it is certain that nothing but the activation
+    function reads what the layer computes, so that this may be overwritten.
+
+    Certainty comes from tracing the forward pass of the module that holds both; where that cannot be traced there is none.
+    """
+    producers: dict[nn.Module, nn.Module] = {}
+    refused: set[nn.Module] = set()
+    for parent in model.modules():
+        children = dict(parent.named_children())
+        plain = [c for c in children.values() if not [*c.parameters()] and not [*c.children()]]
+        if not any(_computes(child) for child in children.values()) or not plain:
+            continue
+        readers = _single_readers(parent, children)
+        for child in plain:
+            if child in readers and child not in producers and child not in refused:
+                producers[child] = readers[child]
+            else:  # read elsewhere too, or a part of several modules
+                producers.pop(child, None)
+                refused.add(child)
+    return producers
+
+
+def _computes(module: nn.Module) -> bool:
+    layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
+
+
+def _single_readers(parent: nn.Module, children: dict[str, nn.Module]) -> dict[nn.Module, nn.Module]:
+    """{child: layer} for children of ``parent`` that are called once, with the result of a layer that only they read."""
+    if isinstance(parent, nn.ModuleList | nn.ModuleDict | PreTrainedModel | BaseTunerLayer):
+        return {}
+    quantized = type(parent)
+    parent.__class__ = _stock_class(parent)
+    try:
+        nodes = list(_ChildTracer().trace(parent).nodes)
+    except Exception:  # control flow that depends on values, calls that cannot be recorded, and the like
+        return {}
+    finally:
+        parent.__class__ = quantized
+    calls = [node for node in nodes if node.op == "call_module" and node.target in children]
+    times = Counter(children[node.target] for node in calls)
+    readers = {}
+    for node in calls:
+        source = node.args[0] if len(node.args) == 1 and not node.kwargs else None
+        if source not in calls or len(source.users) != 1:
+            continue
+        child, layer = children[node.target], children[source.target]
+        if times[child] == times[layer] == 1 and _computes(layer):
+            readers[child] = layer
+    return readers
+
+
+class _ChildTracer(fx.Tracer):
+    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
+        return True
 
 
 def _is_mlp(module: nn.Module) -> bool:
@@ -228,19 +304,12 @@ def _masks(leaves: list[Any], dim: int) -> list[int] | None:
 
 def _is_observed(module: nn.Module) -> bool:
     """Whether hooks of others look at what happens inside the module."""
-    for inner in module.modules():
-        if inner is module:
-            continue
-        for hooks in (
-            inner._forward_hooks,
-            inner._forward_pre_hooks,
-            inner._backward_hooks,
-            inner._backward_pre_hooks,
-        ):
-            for hook in hooks.values():
-                if not _is_harmless(hook):
-                    return True
-    return False
+    return any(_has_hooks(inner) for inner in module.modules() if inner is not module)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(not _is_harmless(hook) for of_a_kind in hooks for hook in of_a_kind.values())
 
 
 def _is_harmless(hook: Any) -> bool:
