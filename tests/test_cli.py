@@ -20,7 +20,7 @@ def tiny(tmp_path):
 
 
 def test_plan_prints_a_table(tiny):
-    result = runner.invoke(app, ["plan", tiny, "-m", "full", "-m", "lora", "-b", "2", "--budget", "20MiB"])
+    result = runner.invoke(app, ["plan", tiny, "-m", "full", "-m", "lora", "-b", "2", "--budget", "3MiB"])
     assert result.exit_code == 0, result.output
     assert "full" in result.stdout and "lora" in result.stdout and "largest batch" in result.stdout
     assert "s2a" not in result.stdout
@@ -28,10 +28,10 @@ def test_plan_prints_a_table(tiny):
 
 def test_plan_as_json_is_pure_and_plot_is_written(tiny, tmp_path):
     path = tmp_path / "plan.png"
-    result = runner.invoke(app, ["plan", tiny, "-m", "s2a", "--budget", "20MiB", "--json", "--plot", str(path)])
+    result = runner.invoke(app, ["plan", tiny, "-m", "s2a", "--budget", "3MiB", "--json", "--plot", str(path)])
     assert result.exit_code == 0, result.output
     data = json.loads(result.stdout)
-    assert data["budget_bytes"] == 20 * 2**20 and data["methods"][0]["largest_batch_size"] > 8
+    assert data["budget_bytes"] == 3 * 2**20 and data["methods"][0]["largest_batch_size"] > 0
     assert path.read_bytes().startswith(b"\x89PNG")
 
 

@@ -1,6 +1,6 @@
 """Memory of a training step: measured, estimated, reported."""
 
-from .estimate import estimate_memory, image_batch, largest_batch_size
+from .estimate import estimate_memory, extrapolate_memory, image_batch, largest_batch_size
 from .profile import profile_memory
 from .report import KeptBytes, MemoryReport, PeakBytes
 
@@ -10,6 +10,7 @@ __all__ = [
     "MemoryReport",
     "PeakBytes",
     "estimate_memory",
+    "extrapolate_memory",
     "image_batch",
     "largest_batch_size",
     "profile_memory",

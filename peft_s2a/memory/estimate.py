@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +15,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from .report import MemoryReport
+from .report import KeptBytes, MemoryReport, PeakBytes
 from .step import LossFunction, OptimizerFactory, TrainingStep
 from .trace import StepTrace
 from .workspace import workspace_bytes
@@ -78,6 +79,34 @@ def estimate_memory(
             f"model: its operators depend on the values of tensors ({error}), so shapes alone do not tell its memory; "
             "measure it with profile_memory"
         ) from error
+
+
+def extrapolate_memory(small: MemoryReport, large: MemoryReport, batch_size: int) -> MemoryReport:
+    """The report at a larger batch, on the line through two smaller ones of the same model.
+
+    Once the batch is large enough for every tile to be full and the peak to stay in its place, memory grows along that
+    line, while the number of operators of a model that runs in tiles, and with it the time of an estimate, grows too.
+
+    Raises:
+        ValueError: If the batch sizes do not grow from `small` over `large` to `batch_size`.
+    """
+    if not small.batch_size < large.batch_size <= batch_size:
+        raise ValueError(
+            f"batch_size: must not be below those of the reports, which must grow; got {small.batch_size}, "
+            f"{large.batch_size} and {batch_size}"
+        )
+    steps = (batch_size - large.batch_size) / (large.batch_size - small.batch_size)
+
+    def extended(a: Any, b: Any) -> Any:
+        if isinstance(b, Mapping):
+            return {name: extended(a.get(name, KeptBytes()), value) for name, value in b.items()}
+        if isinstance(b, (KeptBytes, PeakBytes)):
+            return type(b)(*(extended(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(b)))
+        return max(round(b + (b - a) * steps), 0) if isinstance(b, int) else b
+
+    grown = ("batch_size", "batch_bytes", "saved_bytes", "by_operator", "by_module", "peak")
+    changes = {name: extended(getattr(small, name), getattr(large, name)) for name in grown}
+    return dataclasses.replace(large, source="extrapolation", timeline=(), **changes)
 
 
 def largest_batch_size(

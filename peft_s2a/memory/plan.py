@@ -10,10 +10,14 @@ from typing import Any
 
 import torch
 
-from .estimate import estimate_memory, image_batch, largest_batch_size
+from .estimate import estimate_memory, extrapolate_memory, image_batch, largest_batch_size
 from .methods import Method
 from .models import VisionModel
 from .report import MemoryReport, MiB, mib
+
+
+# Models that run in tiles have more operators the larger the batch: beyond this size they are extrapolated.
+_LARGEST_EXACT = 16
 
 
 @dataclass(frozen=True)
@@ -151,6 +155,9 @@ def plan_memory(
 ) -> Plan:
     """Estimates the memory of fine-tuning a model by several methods, without allocating it.
 
+    Batches of over 16 samples are extrapolated for methods that run the model in tiles (`extrapolate_memory`), whose
+    estimates would take ever longer.
+
     Args:
         model: What to train, see `find_model`.
         methods: The methods compared, such as `METHODS`.
@@ -176,6 +183,8 @@ def plan_memory(
 
         @functools.cache
         def report(size: int) -> MemoryReport:
+            if size > _LARGEST_EXACT and len(report(_LARGEST_EXACT // 2).timeline) > 1.2 * len(report(1).timeline):
+                return extrapolate_memory(report(_LARGEST_EXACT // 2), report(_LARGEST_EXACT), size)
             return estimate_memory(
                 tuned,
                 image_batch(tuned, size, image_size),

@@ -73,7 +73,7 @@ class MemoryReport:
     """Memory of one training step (forward, backward, optimiser), measured or estimated. All sizes are in bytes.
 
     Attributes:
-        source: "profile" (measured) or "estimate" (from shapes alone).
+        source: "profile" (measured), "estimate" (from shapes alone) or "extrapolation" (from two estimates).
         device: The device type of the step, "cpu" or "cuda".
         batch_size: Leading dimension of the batch.
         trainable_parameters: Number of trained values.
@@ -158,11 +158,11 @@ class MemoryReport:
         peak.add_section()
         peak.add_row("all", mib(self.peak_bytes), "", style="bold")
 
-        measured = "Measured" if self.source == "profile" else "Estimated"
+        how = {"profile": "Measured", "estimate": "Estimated", "extrapolation": "Extrapolated"}[self.source]
         place = f"{self.peak.operator}{' of ' if self.peak.module else ''}{self.peak.module}"
         duration = f" It takes {self.step_seconds:.3f} s." if self.step_seconds is not None else ""
         return Group(
-            f"{measured} memory of a training step: {self.device}, batch of {self.batch_size}, "
+            f"{how} memory of a training step: {self.device}, batch of {self.batch_size}, "
             f"{self.trainable_parameters:,} of {self.total_parameters:,} parameters trained "
             f"({self.trainable_parameters / max(self.total_parameters, 1):.2%})",
             peak,

@@ -3,7 +3,7 @@ import torch
 from small_models import backbone, batch_for, tuned
 from torch import nn
 
-from peft_s2a.memory import estimate_memory, image_batch, largest_batch_size, profile_memory
+from peft_s2a.memory import estimate_memory, extrapolate_memory, image_batch, largest_batch_size, profile_memory
 
 
 def test_meta_model_and_real_model_have_the_same_estimate():
@@ -135,3 +135,18 @@ def test_largest_batch_rejects_what_is_not_positive(argument):
     arguments = {"budget": 100, "start": 1, "limit": 10, argument: 0}
     with pytest.raises(ValueError, match=f"{argument}: must be positive"):
         largest_batch_size(lambda n: Peak(n), **arguments)
+
+
+def test_extrapolation_meets_the_estimate():
+    model = tuned("vit", "lora")
+    small, large, exact = (estimate_memory(model, size) for size in (8, 16, 48))
+    report = extrapolate_memory(small, large, 48)
+    assert report.source == "extrapolation" and report.batch_size == 48
+    assert report.saved_bytes == exact.saved_bytes and report.by_operator == exact.by_operator
+    assert report.peak_bytes == pytest.approx(exact.peak_bytes, rel=0.01)
+
+
+def test_extrapolation_backwards_raises():
+    small, large = (estimate_memory(tuned("vit", "lora"), size) for size in (2, 4))
+    with pytest.raises(ValueError, match="got 2, 4 and 3"):
+        extrapolate_memory(small, large, 3)
