@@ -1,8 +1,9 @@
-"""What a benchmark was run on: every result file says it."""
+"""What a benchmark was run on, and where its result goes: every result file names its hardware, inside and in its name."""
 
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import platform
 import re
@@ -11,6 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def result_file(question: str, setting: str, device: str = "cpu") -> Path:
+    """Where the answer to a question is kept: one file for each setting and each kind of hardware."""
+    return RESULTS / f"{question}-{setting}-{slug(describe_environment(device)['device'])}.json"
+
+
+def write_result(path: Path, result: dict[str, Any]) -> None:
+    """Writes ``result`` as JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(result, indent=1) + "\n")
+    part.replace(path)
 
 
 def describe_environment(device: str = "cpu") -> dict[str, Any]:

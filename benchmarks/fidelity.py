@@ -9,16 +9,15 @@ One operator kind at a time at every width, and the whole model.
 """
 
 import argparse
-import gzip
 import json
 import platform
 import statistics
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from dinov2 import checkpoint
+from images import digits, fashion_mnist, pixel_values
 from tqdm import tqdm
 from transformers import AutoModelForImageClassification
 
@@ -26,28 +25,7 @@ from peft_s2a import ActivationQuantizationConfig, quantize_activations, restore
 from peft_s2a.activations.codec import WIDTHS
 
 
-FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 KINDS = ("activation", "norm", "attention")
-MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-
-
-def fashion_mnist(folder: Path = FASHION_MNIST) -> tuple[torch.Tensor, torch.Tensor]:
-    """Test images ``[10000, 28, 28]`` in [0, 1] and their labels."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} not found: install Debian's package dataset-fashion-mnist")
-    images, labels = (
-        np.frombuffer(gzip.decompress((folder / f"t10k-{name}-ubyte.gz").read_bytes()), np.uint8, offset=offset)
-        for name, offset in (("images-idx3", 16), ("labels-idx1", 8))
-    )
-    return torch.tensor(images).view(-1, 28, 28) / 255, torch.tensor(labels).long()
-
-
-def digits() -> tuple[torch.Tensor, torch.Tensor]:
-    """Images ``[1797, 8, 8]`` in [0, 1] and their labels."""
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    return torch.tensor(data.images, dtype=torch.float32) / 16, torch.tensor(data.target).long()
 
 
 def batches(count: int, seed: int) -> list[dict[str, torch.Tensor]]:
@@ -55,15 +33,13 @@ def batches(count: int, seed: int) -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     found = []
     for (images, labels), samples, size in (
-        (fashion_mnist(), 16, 112),
+        (fashion_mnist("test"), 16, 112),
         (digits(), 16, 112),
-        (fashion_mnist(), 4, 224),
+        (fashion_mnist("test"), 4, 224),
     ):
         for _ in range(count):
             chosen = torch.randperm(len(images), generator=generator)[:samples]
-            pixels = F.interpolate(images[chosen, None], (size, size), mode="bilinear").expand(-1, 3, -1, -1)
-            pixels = (pixels - MEAN[:, None, None]) / STD[:, None, None]
-            found.append({"pixel_values": pixels, "labels": labels[chosen]})
+            found.append({"pixel_values": pixel_values(images[chosen], size), "labels": labels[chosen]})
     return found
 
 

@@ -1,0 +1,491 @@
+"""What accuracy each way of fine-tuning reaches for the memory it takes, and whether quantised activations cost any.
+
+    python benchmarks/accuracy.py CACHE                       # setting "full": for a GPU
+    python benchmarks/accuracy.py CACHE --setting medium      # an hour on two CPU cores
+
+A real backbone, DINOv2-small (`dinov2.py` puts it into CACHE), is fine-tuned on a few Fashion-MNIST images and on scikit-learn's
+handwritten digits. All methods get the same images, batches, epochs, optimizer (AdamW, no weight decay) and schedule (one
+cycle), and as many learning rates to choose from: `FACTORS` times the family's usual one, compared on validation images with a
+seed that is not used again. Variants that differ only in what is kept for backward share one rate, searched in full
+precision. The linear probe trains on features that are computed once.
+
+Test accuracy is given as mean and standard deviation over seeds (head, adapter, order of the images); memory is that of
+`peft_s2a.profile_memory` at the same image and batch size. The result file is written after every run, and a run that was cut
+short goes on from there.
+
+Writes `benchmarks/results/accuracy-<setting>-<device>.json`, and beside it a plot (.png) of accuracy over memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import multiprocessing
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from dinov2 import checkpoint
+from environment import describe_environment, result_file, write_result
+from images import digits, fashion_mnist, pixel_values
+from peft import get_peft_model
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import AutoModelForImageClassification
+from transformers.utils import logging
+
+from peft_s2a import (
+    ActivationQuantizationConfig,
+    S2AConfig,
+    calibrate_activations,
+    profile_memory,
+    quantize_activations,
+)
+from peft_s2a.memory.methods import METHODS as PLANNED
+
+
+FACTORS = (0.4, 1.0, 2.5)
+SEARCH_SEED = 1000
+CALIBRATION = {"batches": 1, "batch_size": 16}  # of training images
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is run.
+
+    Attributes:
+        image_size: Pixels of the square images.
+        train_images, validation_images, test_images: Of Fashion-MNIST. Digits, of which there are 1,797, give at most
+            800, 200 and 797.
+        methods: Names out of `METHODS`, for each dataset.
+        search: Whether to search the learning rates; if not, the usual ones are taken.
+    """
+
+    image_size: int
+    train_images: int
+    validation_images: int
+    test_images: int
+    epochs: int
+    batch_size: int
+    seeds: tuple[int, ...]
+    methods: dict[str, tuple[str, ...]] = field(hash=False)
+    search: bool = True
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images ``[N, H, W]`` (or features ``[N, F]``) and their labels ``[N]``."""
+
+    inputs: Tensor
+    labels: Tensor
+
+    def batch(self, indices: Tensor | slice, setting: Setting, device: str) -> tuple[Tensor, Tensor]:
+        inputs, labels = self.inputs[indices].to(device), self.labels[indices].to(device)
+        return (pixel_values(inputs, setting.image_size) if inputs.ndim == 3 else inputs), labels
+
+    def batches(self, setting: Setting, device: str, size: int = 100) -> Iterator[tuple[Tensor, Tensor]]:
+        """All, in order."""
+        for start in range(0, len(self.labels), size):
+            yield self.batch(slice(start, start + size), setting, device)
+
+
+Splits = dict[str, Split]
+Apply = Callable[[nn.Module, Splits, Setting], nn.Module]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way of fine-tuning.
+
+    Attributes:
+        apply: Makes a model with a new head trainable this way.
+        rate: The usual learning rate, the middle of those that are searched.
+        family: The method whose learning rate it takes instead, "" for its own.
+    """
+
+    apply: Apply
+    rate: float = 0.0
+    family: str = ""
+
+
+def planned(name: str) -> Apply:
+    """A method of `peft-s2a plan`."""
+    return lambda model, splits, setting: PLANNED[name].apply(model)
+
+
+def quantised(name: str, **settings: Any) -> Apply:
+    """The same with quantised activations."""
+    config = ActivationQuantizationConfig(**settings)
+    return lambda model, splits, setting: quantize_activations(PLANNED[name].apply(model), config)
+
+
+def s2a(bits: int | None, **settings: Any) -> Apply:
+    quantization = ActivationQuantizationConfig(bits=bits) if bits else None
+    config = {"activation_quantization": quantization, **settings}
+    return lambda model, splits, setting: get_peft_model(model, S2AConfig(**config))
+
+
+def calibrated(budget: float) -> Apply:
+    """Bits and levels chosen on a few training images, within ``budget`` times the bytes of 4 bits everywhere."""
+
+    def apply(model: nn.Module, splits: Splits, setting: Setting) -> nn.Module:
+        model = s2a(None)(model, splits, setting)
+        device, count = next(model.parameters()).device.type, CALIBRATION["batches"]
+        found = islice(splits["train"].batches(setting, device, CALIBRATION["batch_size"]), count)
+        batches = [{"pixel_values": pixels, "labels": labels} for pixels, labels in found]
+        return quantize_activations(model, calibrate_activations(model, batches, budget=budget))
+
+    return apply
+
+
+METHODS: dict[str, Method] = {
+    "full fine-tuning": Method(planned("full"), 5e-5),
+    "full fine-tuning, 4 bits": Method(quantised("full", bits=4), family="full fine-tuning"),
+    "linear probe": Method(planned("linear"), 1e-2),
+    "LoRA": Method(planned("lora"), 2e-3),
+    "LoRA, 4 bits": Method(quantised("lora", bits=4), family="LoRA"),
+    "S2A, full precision": Method(s2a(None), 2e-3),
+    "S2A": Method(s2a(4), family="S2A, full precision"),
+    "S2A, 3 bits": Method(s2a(3), family="S2A, full precision"),
+    "S2A, 2 bits": Method(s2a(2), family="S2A, full precision"),
+    "S2A, calibrated": Method(calibrated(0.75), family="S2A, full precision"),
+    "S2A bias, full precision": Method(s2a(None, structures=("bias",)), family="S2A bias"),
+    "S2A bias": Method(s2a(4, structures=("bias",)), 2e-3),
+    "S2A prompt, full precision": Method(s2a(None, structures=("prompt",)), family="S2A prompt"),
+    "S2A prompt": Method(s2a(4, structures=("prompt",)), 3e-3),
+    "S2A side, full precision": Method(s2a(None, structures=("side",)), family="S2A side"),
+    "S2A side": Method(s2a(4, structures=("side",)), 2e-3),
+}
+
+FEW = ("full fine-tuning", "linear probe", "LoRA", "S2A, full precision", "S2A")
+MANY = (*FEW, "S2A, 3 bits", "S2A, 2 bits", "S2A, calibrated", "S2A bias", "S2A prompt", "S2A side")
+SETTINGS = {
+    "full": Setting(
+        image_size=84, train_images=1000, validation_images=1000, test_images=10_000, epochs=6, batch_size=50,
+        seeds=(0, 1, 2, 3, 4), methods={"fashion-mnist": tuple(METHODS), "digits": tuple(METHODS)},
+    ),
+    "medium": Setting(
+        image_size=56, train_images=400, validation_images=400, test_images=2000, epochs=6, batch_size=25,
+        seeds=(0, 1, 2), methods={"fashion-mnist": MANY, "digits": FEW},
+    ),
+    "reduced": Setting(
+        image_size=56, train_images=200, validation_images=0, test_images=500, epochs=4, batch_size=25,
+        seeds=(0, 1), methods={"fashion-mnist": FEW}, search=False,
+    ),
+}  # fmt: skip
+
+
+def load_splits(dataset: str, setting: Setting) -> Splits:
+    """Training, validation and test images, the same in every run."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = {"train": setting.train_images, "validation": setting.validation_images, "test": setting.test_images}
+    if dataset == "fashion-mnist":
+        images, labels = fashion_mnist("train")
+        order = torch.randperm(len(images), generator=generator)
+        test_images, test_labels = fashion_mnist("test")
+        test = torch.randperm(len(test_images), generator=generator)[: sizes["test"]]
+        held_out = Split(test_images[test], test_labels[test])
+    else:
+        images, labels = digits()
+        order = torch.randperm(len(images), generator=generator)
+        sizes = {name: min(sizes[name], most) for name, most in (("train", 800), ("validation", 200), ("test", 797))}
+        test = order[1000 : 1000 + sizes["test"]]
+        held_out = Split(images[test], labels[test])
+    train, validation = order[: sizes["train"]], order[sizes["train"] :][: sizes["validation"]]
+    return {
+        "train": Split(images[train], labels[train]),
+        "validation": Split(images[validation], labels[validation]),
+        "test": held_out,
+    }
+
+
+def fit(logits: Callable[[Tensor], Tensor], parameters: list[nn.Parameter], data: Split, rate: float, seed: int,
+        setting: Setting, device: str) -> None:  # fmt: skip
+    """Trains ``parameters`` on the cross-entropy of ``logits``."""
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+    steps = setting.epochs * -(-len(data.labels) // setting.batch_size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
+    for _ in range(setting.epochs):
+        for indices in torch.randperm(len(data.labels), generator=generator).split(setting.batch_size):
+            inputs, labels = data.batch(indices, setting, device)
+            F.cross_entropy(logits(inputs), labels).backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+
+
+@torch.inference_mode()
+def percent_right(logits: Callable[[Tensor], Tensor], data: Split, setting: Setting, device: str) -> float:
+    right = sum((logits(inputs).argmax(-1) == labels).sum().item() for inputs, labels in data.batches(setting, device))
+    return 100 * right / len(data.labels)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A row to be added to a table of the result: ``key`` is what identifies it."""
+
+    table: str
+    dataset: str
+    key: dict[str, Any]
+
+
+@dataclass
+class Study:
+    """Runs methods on one dataset."""
+
+    folder: Path
+    splits: Splits
+    setting: Setting
+    device: str
+
+    def new_model(self, seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return AutoModelForImageClassification.from_pretrained(self.folder, num_labels=10).to(self.device)
+
+    def prepared(self, method: str, seed: int) -> nn.Module:
+        return METHODS[method].apply(self.new_model(seed), self.splits, self.setting).to(self.device)
+
+    @functools.cached_property
+    def features(self) -> Splits:
+        """What the head of the frozen backbone receives."""
+        model = self.new_model(0).eval()
+        found: list[Tensor] = []
+        model.classifier.register_forward_pre_hook(lambda module, args: found.append(args[0]))
+        splits = {}
+        for name, split in self.splits.items():
+            found.clear()
+            with torch.inference_mode():
+                for pixels, _ in split.batches(self.setting, self.device):
+                    model(pixel_values=pixels)
+            splits[name] = Split(torch.cat(found), split.labels) if found else split
+        return splits
+
+    def run(self, method: str, rate: float, seed: int, split: str) -> float:
+        """Trains, and returns the accuracy on ``split`` in percent."""
+        if method == "linear probe":
+            head, splits = self.new_model(seed).classifier, self.features
+            model, logits = head, head
+        else:
+            model, splits = self.prepared(method, seed), self.splits
+
+            def logits(pixels: Tensor) -> Tensor:
+                return model(pixel_values=pixels).logits
+
+        model.train()
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        fit(logits, parameters, splits["train"], rate, seed, self.setting, self.device)
+        model.eval()
+        return percent_right(logits, splits[split], self.setting, self.device)
+
+    def memory(self, method: str) -> dict[str, Any]:
+        """What a training step takes. Its batch is the first of the training images."""
+        pixels, labels = self.splits["train"].batch(slice(self.setting.batch_size), self.setting, self.device)
+        report = profile_memory(self.prepared(method, 0), {"pixel_values": pixels, "labels": labels})
+        return {
+            "trainable": report.trainable_parameters,
+            "saved_bytes_per_image": report.saved_bytes / len(labels),
+            "peak_bytes": report.step_peak_bytes,
+        }
+
+
+def rates(method: str) -> list[float]:
+    """The learning rates that are searched."""
+    return [float(f"{factor * METHODS[method].rate:.3g}") for factor in FACTORS]
+
+
+def family(method: str) -> str:
+    return METHODS[method].family or method
+
+
+def search_jobs(setting: Setting) -> Iterator[Job]:
+    """What does not depend on anything: memory, and the search for learning rates."""
+    for method in dict.fromkeys(method for methods in setting.methods.values() for method in methods):
+        yield Job("memory", next(iter(setting.methods)), {"method": method})
+    for dataset, methods in setting.methods.items():
+        for method in dict.fromkeys(map(family, methods)) if setting.search else ():
+            for rate in rates(method):
+                key = {"dataset": dataset, "method": method, "rate": rate, "seed": SEARCH_SEED, "split": "validation"}
+                yield Job("runs", dataset, key)
+
+
+def test_jobs(setting: Setting, result: dict[str, Any]) -> Iterator[Job]:
+    """The runs that count, at the learning rates that were found."""
+    for dataset, methods in setting.methods.items():
+        for seed in setting.seeds:
+            for method in methods:
+                rate = best_rate(result, dataset, method)
+                key = {"dataset": dataset, "method": method, "rate": rate, "seed": seed, "split": "test"}
+                yield Job("runs", dataset, key)
+
+
+def best_rate(result: dict[str, Any], dataset: str, method: str) -> float:
+    """The searched rate with the highest validation accuracy; without a search the usual one."""
+    found = [
+        row
+        for row in result["runs"]
+        if (row["dataset"], row["method"], row["split"]) == (dataset, family(method), "validation")
+    ]
+    return max(found, key=lambda row: row["accuracy"])["rate"] if found else METHODS[family(method)].rate
+
+
+@functools.cache
+def study_of(folder: Path, setting: Setting, device: str, dataset: str) -> Study:
+    return Study(folder, load_splits(dataset, setting), setting, device)
+
+
+def start_worker(threads: int) -> None:
+    torch.set_num_threads(threads)
+    warnings.filterwarnings("ignore")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def do(job: Job, folder: Path, setting: Setting, device: str) -> dict[str, Any]:
+    """The row of ``job``."""
+    study = study_of(folder, setting, device, job.dataset)
+    start = time.perf_counter()
+    if job.table == "memory":
+        found = study.memory(**job.key)
+    else:
+        names = ("method", "rate", "seed", "split")
+        found = {"accuracy": round(study.run(*(job.key[name] for name in names)), 3)}
+    return {**job.key, **found, "seconds": round(time.perf_counter() - start, 1)}
+
+
+def run_all(path: Path, header: dict[str, Any], folder: Path, setting: Setting, device: str, workers: int) -> dict:
+    """Does what the result file lacks, and writes it after every run."""
+    result = {**header, "memory": [], "runs": []}
+    if path.is_file():
+        result = json.loads(path.read_text())
+        if result["setting"] != json.loads(json.dumps(header["setting"])):
+            raise SystemExit(f"{path} holds results of another setting: move it away, or pass --out")
+    context = multiprocessing.get_context("spawn")
+    threads = max(1, torch.get_num_threads() // workers)
+    with ProcessPoolExecutor(workers, context, start_worker, (threads,)) as pool:
+        for stage in (lambda: search_jobs(setting), lambda: test_jobs(setting, result)):
+            missing = [job for job in stage() if not any(job.key.items() <= row.items() for row in result[job.table])]
+            futures = [pool.submit(do, job, folder, setting, device) for job in missing]
+            tables = {future: job.table for future, job in zip(futures, missing)}
+            for future in (progress := tqdm(as_completed(futures), total=len(futures), unit="run")):
+                row = future.result()
+                result[tables[future]].append(row)
+                write_result(path, result)
+                progress.write(", ".join(f"{key} {value}" for key, value in row.items()))
+    return result
+
+
+def accuracies(result: dict[str, Any], dataset: str, method: str) -> dict[int, float]:
+    """Test accuracy in percent, by seed."""
+    key = (dataset, method, "test")
+    rows = (row for row in result["runs"] if (row["dataset"], row["method"], row["split"]) == key)
+    return {row["seed"]: row["accuracy"] for row in rows}
+
+
+def mean_and_deviation(values: list[float]) -> tuple[float, float]:
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def cost_of_quantisation(result: dict[str, Any], dataset: str, method: str = "S2A") -> dict[str, float] | None:
+    """What 4 bits change in points of accuracy, by pairs of runs with equal seeds; None without such pairs.
+
+    ``difference`` is the mean over pairs, ``standard_error`` its standard error, and ``seed_noise`` the standard deviation over
+    seeds of the runs in full precision.
+    """
+    ours, exact = (accuracies(result, dataset, name) for name in (method, f"{method}, full precision"))
+    if len(seeds := sorted(ours.keys() & exact.keys())) < 2:
+        return None
+    difference, deviation = mean_and_deviation([ours[seed] - exact[seed] for seed in seeds])
+    return {
+        "seeds": len(seeds),
+        "difference": difference,
+        "standard_error": deviation / len(seeds) ** 0.5,
+        "seed_noise": statistics.stdev(exact[seed] for seed in seeds),
+    }
+
+
+def table_of(result: dict[str, Any]) -> Table:
+    datasets = list(dict.fromkeys(row["dataset"] for row in result["runs"]))
+    table = Table("method", "trainable", "saved MiB/image", "peak MiB", *(f"{name}, %" for name in datasets))
+    for row in result["memory"]:
+        cells = []
+        for dataset in datasets:
+            values = list(accuracies(result, dataset, row["method"]).values())
+            cells.append("{:.2f} ± {:.2f}".format(*mean_and_deviation(values)) if values else "")
+        saved, peak = f"{row['saved_bytes_per_image'] / 2**20:.2f}", f"{row['peak_bytes'] / 2**20:.0f}"
+        table.add_row(row["method"], f"{row['trainable']:,}", saved, peak, *cells)
+    return table
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Accuracy over what is kept for backward: the better, the further up and to the left."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    datasets = list(dict.fromkeys(row["dataset"] for row in result["runs"]))
+    figure = Figure(figsize=(6.5 * len(datasets), 4.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, dataset in zip(figure.subplots(1, len(datasets), squeeze=False)[0], datasets):
+        for row in result["memory"]:
+            method = row["method"]
+            if not (values := list(accuracies(result, dataset, method).values())):
+                continue
+            mean, deviation = mean_and_deviation(values)
+            color = "#1b9e77" if method.startswith("S2A") else "#7570b3"
+            saved = row["saved_bytes_per_image"] / 2**20
+            axes.errorbar(
+                saved, mean, deviation, fmt="o", color=color, markersize=8 if method == "S2A" else 5, capsize=2
+            )
+            axes.annotate(method, (saved, mean), (5, 4), textcoords="offset points", fontsize=8, color=color)
+        axes.set_xscale("log")
+        axes.margins(x=0.15)
+        axes.grid(alpha=0.3)
+        axes.set(xlabel="kept for backward, MiB per image", ylabel="test accuracy, %", title=dataset)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cache", type=Path, help="folder for the checkpoint")
+    parser.add_argument("--setting", default="full", choices=SETTINGS)
+    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the setting's")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--workers", type=int, default=1 if torch.cuda.is_available() else 2, help="processes that share the threads"
+    )
+    parser.add_argument("--out", type=Path, help="JSON file to write, or to go on with")
+    args = parser.parse_args()
+    setting = SETTINGS[args.setting]
+    path = args.out or result_file("accuracy", args.setting, args.device)
+    environment = describe_environment(args.device)
+    settings = {name: value for name, value in asdict(setting).items() if name != "seeds"}  # they can be added
+    header = {"environment": environment, "setting": settings, "calibration": CALIBRATION, "workers": args.workers}
+    if args.seeds:
+        setting = replace(setting, seeds=tuple(args.seeds))
+    result = run_all(path, header, checkpoint(args.cache), setting, args.device, args.workers)
+    console = Console(width=120)
+    console.print(table_of(result))
+    for dataset in setting.methods:
+        if cost := cost_of_quantisation(result, dataset):
+            console.print(
+                "{}: S2A with 4 bits minus S2A in full precision: {difference:+.2f} ± {standard_error:.2f} points "
+                "(standard error over {seeds} pairs; one run's seed noise is {seed_noise:.2f})".format(dataset, **cost)
+            )
+    plot(result, path.with_suffix(".png"))
+    console.print(f"{environment['device']}, torch {environment['torch']}; written to {path}")
+
+
+if __name__ == "__main__":
+    main()
