@@ -6,12 +6,14 @@ packed by one shift and one or, which interleaved neighbours would not allow. Th
 four a byte, followed by the high bits, packed eight a byte: eight codes in three bytes.
 
 Groups. `encode_groups` codes runs of ``group_size`` values of a row on even steps between their minimum and maximum (as the
-min-max group quantisation of ActNN, Chen et al. 2021, section 4.1). Minimum and maximum are kept in 12 bits each, three bytes a
-group: a sign, 6 bits of exponent (from 2^-40 to 2^23) and 5 of mantissa. That they come back nearly as they were matters more
-than how fine the steps are: on real weights, formats that moved them by half a step doubled the gradient's error.
+min-max group quantisation of ActNN, Chen et al. 2021, section 4.1). Four groups share a unit, the smallest power of two that
+their largest magnitude holds at most 127 times (one byte, the exponent of a float32); minima and maxima are whole multiples of
+it (one signed byte each). That they come back nearly as they were matters more than how fine the steps are: on real weights,
+formats that moved them by half a step doubled the gradient's error.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -95,11 +97,20 @@ def round_codes(values: Tensor, bits: int, seed: int | None) -> Tensor:
     return values.floor_().clamp_(0, 2**bits - 1).to(torch.uint8)
 
 
+_UNIT_GROUPS = 4  # groups that share a unit
+
+
+def scales_width(count: int, group_size: int) -> int:
+    """Bytes that the scales of one row of ``count`` values take: units, then minima, then maxima."""
+    groups = -(-count // group_size)
+    return -(-groups // _UNIT_GROUPS) + 2 * groups
+
+
 def encode_groups(x: Tensor, bits: int, group_size: int, seed: int | None = None) -> tuple[Tensor, Tensor]:
     """Code ``x`` (``[R, C]``) in groups of ``group_size`` along its rows; the last group of a row may be shorter.
 
-    Returns the packed codes and the groups' bounds, uint8 ``[R, ceil(C / group_size), 3]``. A value comes back within half a step
-    (nearest rounding) or one step (stochastic) plus the rounding of the bounds, 1/64 of the larger one.
+    Returns the packed codes and the scales, uint8 ``[R, scales_width(C, group_size)]``. A value comes back within half a step
+    (nearest rounding) or one step (stochastic) plus the rounding of the bounds, 1/127 of the unit's largest magnitude.
     """
     rows, count = x.shape
     x = x.to(math_dtype(x.dtype))
@@ -109,8 +120,8 @@ def encode_groups(x: Tensor, bits: int, group_size: int, seed: int | None = None
         x = torch.cat([x, x[:, -1:].expand(rows, padding)], dim=1)
     grouped = x.reshape(rows, groups, group_size)
     scales = _encode_bounds(grouped.amin(-1).float(), grouped.amax(-1).float())
-    offset, step = (part.to(x.dtype).unsqueeze(2) for part in _decode_bounds(scales, bits))
-    units = (grouped - offset) / torch.where(step == 0, 1, step)
+    offset, step = (part.to(x.dtype).unsqueeze(2) for part in _decode_bounds(scales, groups, bits))
+    units = (grouped - offset) * torch.where(step == 0, 0, 1 / step)
     codes = round_codes(units.flatten(1)[:, :count], bits, seed)
     return pack(codes, bits), scales
 
@@ -121,34 +132,38 @@ def decode_groups(
     """The values (``[R, count]``, ``dtype``) that `encode_groups` coded."""
     codes = unpack(packed, bits, count).to(math_dtype(dtype))
     offset, step = (
-        part.to(codes.dtype).repeat_interleave(group_size, dim=1)[:, :count] for part in _decode_bounds(scales, bits)
+        part.to(codes.dtype).repeat_interleave(group_size, dim=1)[:, :count]
+        for part in _decode_bounds(scales, -(-count // group_size), bits)
     )
     return codes.mul_(step).add_(offset).to(dtype)
 
 
-_CUT = 18  # bits of a float32 that its 12-bit form leaves out
-_LOWEST = 127 - 40 << 5  # the word of 2^-40 without those bits; it stands for zero
-
-
 def _encode_bounds(low: Tensor, high: Tensor) -> Tensor:
-    """The three bytes of groups between ``low`` and ``high`` (float32)."""
-    low, high = (
-        (x < 0).to(torch.int32) << 11
-        | ((x.abs().view(torch.int32) + (1 << _CUT - 1) >> _CUT) - _LOWEST).clamp_(0, 2047)
-        for x in (low, high)
+    """The scales of groups between ``low`` and ``high`` (float32 ``[R, groups]``)."""
+    rows, groups = low.shape
+    largest = torch.maximum(low.abs(), high.abs())
+    padding = -groups % _UNIT_GROUPS
+    shared = F.pad(largest, (0, padding)).view(rows, (groups + padding) // _UNIT_GROUPS, _UNIT_GROUPS).amax(-1)
+    # the exponent, rounded up; infinity, which decodes to NaN, for what is not finite
+    exponents = (shared / 127).view(torch.int32).clamp_max(0x7F800000) + 0x7FFFFF >> 23
+    units = _units(exponents, groups)
+    bounds = (
+        (bound / torch.where(units == 0, 1, units)).round().clamp_(-127, 127).to(torch.int8) for bound in (low, high)
     )
-    return torch.stack([low & 255, low >> 8 | (high & 15) << 4, high >> 4], dim=-1).to(torch.uint8)
+    return torch.cat([exponents.to(torch.uint8), *(bound.view(torch.uint8) for bound in bounds)], dim=1)
 
 
-def _decode_bounds(scales: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Minimum and step of groups, float32."""
-    first, middle, last = scales.to(torch.int32).unbind(-1)
-    low, high = (
-        torch.where(word & 2047 == 0, 0, ((word & 2047) + _LOWEST << _CUT).view(torch.float32))
-        * (1 - (word >> 11) * 2)
-        for word in (first | (middle & 15) << 8, middle >> 4 | last << 4)
-    )
-    return low, (high - low) / (2**bits - 1)
+def _decode_bounds(scales: Tensor, groups: int, bits: int) -> tuple[Tensor, Tensor]:
+    """Minimum and step of groups, float32 ``[R, groups]``."""
+    exponents, low, high = scales.split([scales.shape[1] - 2 * groups, groups, groups], dim=1)
+    units = _units(exponents, groups)
+    low, high = (bound.contiguous().view(torch.int8).float() for bound in (low, high))
+    return low * units, (high - low) * units / (2**bits - 1)
+
+
+def _units(exponents: Tensor, groups: int) -> Tensor:
+    units = (exponents.to(torch.int32) << 23).view(torch.float32)
+    return units.repeat_interleave(_UNIT_GROUPS, dim=1)[:, :groups]
 
 
 def column_statistics(x: Tensor, eps: float, center: bool) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .codec import math_dtype, packed_width
+from .codec import math_dtype, packed_width, scales_width
 
 
 def _op(schema: str):
@@ -34,7 +34,7 @@ def _op(schema: str):
 def _groups_like(x: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
     rows, count = x.shape
     packed = x.new_empty(rows, packed_width(count, bits), dtype=torch.uint8)
-    return packed, x.new_empty(rows, -(-count // group_size), 3, dtype=torch.uint8)
+    return packed, x.new_empty(rows, scales_width(count, group_size), dtype=torch.uint8)
 
 
 @_op("(Tensor x, float[] thresholds, int[] codes, int bits, str backend) -> Tensor")
@@ -57,7 +57,7 @@ def scale_by_levels(grad, packed, levels, bits, backend):
 
 @_op("(Tensor x, int bits, int group_size, Tensor? seed, str backend) -> (Tensor, Tensor)")
 def encode_groups(x, bits, group_size, seed, backend):
-    """Code ``x`` (``[R, C]``) in groups, see `codec.encode_groups`: uint8 ``[R, W]`` and ``[R, groups, 3]``."""
+    """Code ``x`` (``[R, C]``) in groups, see `codec.encode_groups`: uint8 ``[R, W]`` and ``[R, scales_width]``."""
     return _groups_like(x, bits, group_size)
 
 
@@ -103,11 +103,11 @@ def norm_backward(grad, packed, scales, rstd, columns, weight, center, bits, gro
 def encode_heads(x, bits, group_size, center, keep_mean, seed, backend):
     """Code the last dimension of ``x`` (``[B, H, N, D]``, any strides) in groups, minus its mean over N with ``center``.
 
-    Returns uint8 ``[B, H, N, W]`` and ``[B, H, N, groups, 3]`` and the mean as it was subtracted, bfloat16
+    Returns uint8 ``[B, H, N, W]`` and ``[B, H, N, scales_width]`` and the mean as it was subtracted, bfloat16
     ``[B, H, 1, D]`` (empty unless ``keep_mean`` and ``center``)."""
     *lead, count = x.shape
     packed = x.new_empty(*lead, packed_width(count, bits), dtype=torch.uint8)
-    scales = x.new_empty(*lead, -(-count // group_size), 3, dtype=torch.uint8)
+    scales = x.new_empty(*lead, scales_width(count, group_size), dtype=torch.uint8)
     samples, heads, tokens = lead
     mean_shape = (samples, heads, 1, count) if center and keep_mean and tokens else (0,)
     return packed, scales, x.new_empty(mean_shape, dtype=torch.bfloat16)

@@ -179,7 +179,7 @@ def _encode_rows(
     x = x.contiguous()
     rows, count = x.shape
     packed = x.new_empty(rows, codec.packed_width(count, bits), dtype=torch.uint8)
-    scales = x.new_empty(rows, -(-count // group_size), 3, dtype=torch.uint8)
+    scales = x.new_empty(rows, codec.scales_width(count, group_size), dtype=torch.uint8)
     rstd = x.new_empty(rows if mode else 0, dtype=torch.float32)
     columns = None if columns is None else columns.to(torch.float32)
     if x.numel():
@@ -247,7 +247,7 @@ def encode_heads(
     x = x if x.stride(3) == 1 else x.contiguous()
     samples, heads, tokens, dim = x.shape
     packed = x.new_empty(samples, heads, tokens, codec.packed_width(dim, bits), dtype=torch.uint8)
-    scales = x.new_empty(samples, heads, tokens, -(-dim // group_size), 3, dtype=torch.uint8)
+    scales = x.new_empty(samples, heads, tokens, codec.scales_width(dim, group_size), dtype=torch.uint8)
     kept = center and keep_mean and tokens
     mean = x.new_empty((samples, heads, 1, dim) if kept else 0, dtype=torch.bfloat16)
     if x.numel():

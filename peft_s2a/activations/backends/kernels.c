@@ -90,65 +90,101 @@ static void unpack_row(const uint8_t *packed, long count, int bits, uint8_t *cod
         for (long j = 0, n = MIN(width, count - s * width); j < n; j++) codes[s * width + j] = packed[j] >> s * bits & mask;
 }
 
-/* The 12 bits that a group's minimum or maximum is kept in, see `codec.py`. */
-static inline uint32_t encode_bound(float value) {
-    union { float f; int32_t i; } word = {fabsf(value)};
-    int32_t code = ((word.i + (1 << 17)) >> 18) - ((127 - 40) << 5);
-    return (uint32_t)(code < 0 ? 0 : code > 2047 ? 2047 : code) | (uint32_t)(value < 0) << 11;
+#define UNIT_GROUPS 4
+
+static inline long scales_width(long groups) { return (groups + UNIT_GROUPS - 1) / UNIT_GROUPS + 2 * groups; }
+
+/* The unit that the bounds of up to four groups are multiples of, see `codec.py`. */
+static inline float decode_unit(uint8_t exponent) {
+    union { uint32_t i; float f; } word = {(uint32_t)exponent << 23};
+    return word.f;
 }
 
-static inline float decode_bound(uint32_t code) {
-    union { int32_t i; float f; } word = {(int32_t)((code & 2047) + ((127 - 40) << 5)) << 18};
-    if (!(code & 2047)) return 0;
-    return code >> 11 ? -word.f : word.f;
+static inline float encode_unit(float largest, uint8_t *exponent) {
+    union { float f; uint32_t i; } word = {largest / 127};
+    *exponent = (uint8_t)((MIN(word.i, 0x7F800000u) + 0x7FFFFF) >> 23);
+    return decode_unit(*exponent);
 }
 
-static inline void encode_bounds(float low, float high, uint8_t *scales) {
-    uint32_t both = encode_bound(low) | encode_bound(high) << 12;
-    scales[0] = (uint8_t)both, scales[1] = (uint8_t)(both >> 8), scales[2] = (uint8_t)(both >> 16);
+static inline float encode_bound(float bound, float inverse_unit, int8_t *kept) {
+    float rounded = rintf(bound * inverse_unit);
+    *kept = (int8_t)(rounded < -127 ? -127 : rounded > 127 ? 127 : rounded);
+    return (float)*kept;
 }
 
-static inline void decode_bounds(const uint8_t *scales, int bits, float *low, float *step) {
-    uint32_t both = scales[0] | scales[1] << 8 | scales[2] << 16;
-    *low = decode_bound(both & 4095);
-    *step = (decode_bound(both >> 12) - *low) / (float)((1 << bits) - 1);
+static inline void range_of(const float *x, long n, float *low, float *high) {
+    float lows[16], highs[16], a, b;
+    long i = 16;
+    if (n >= 16) { /* lane by lane, which is a vector instruction for each comparison */
+        for (int k = 0; k < 16; k++) lows[k] = highs[k] = x[k];
+        for (; i + 16 <= n; i += 16)
+            for (int k = 0; k < 16; k++) {
+                lows[k] = x[i + k] < lows[k] ? x[i + k] : lows[k];
+                highs[k] = x[i + k] > highs[k] ? x[i + k] : highs[k];
+            }
+        for (int half = 8; half; half /= 2)
+            for (int k = 0; k < half; k++) {
+                lows[k] = lows[k + half] < lows[k] ? lows[k + half] : lows[k];
+                highs[k] = highs[k + half] > highs[k] ? highs[k + half] : highs[k];
+            }
+        a = lows[0], b = highs[0];
+    } else a = b = x[0], i = 1;
+    for (; i < n; i++) a = x[i] < a ? x[i] : a, b = x[i] > b ? x[i] : b;
+    *low = a, *high = b;
 }
 
-/* Code one row in groups: three bytes for each to `scales`, one code a byte to `codes`. */
+/* truncation is floor: negative values are cut to 0 */
+static inline uint8_t code_of(float x, float offset, float inverse_step, float threshold, float top) {
+    float unit = (x - offset) * inverse_step + threshold;
+    return (uint8_t)(int)(unit < 0 ? 0 : unit > top ? top : unit);
+}
+
+/* Code one row in groups: its scales to `scales`, one code a byte to `codes`. */
 static void encode_row(const float *x, long count, int bits, long group, const int64_t *seed, uint32_t position,
                        uint8_t *scales, uint8_t *codes) {
     float top = (float)((1 << bits) - 1);
-    for (long start = 0; start < count; start += group, scales += 3) {
-        long n = MIN(group, count - start);
-        const float *v = x + start;
-        float low = v[0], high = v[0], offset, step;
-        for (long i = 0; i < n; i++) {
-            low = v[i] < low ? v[i] : low;
-            high = v[i] > high ? v[i] : high;
+    long groups = (count + group - 1) / group, units = (groups + UNIT_GROUPS - 1) / UNIT_GROUPS;
+    int8_t *lows = (int8_t *)scales + units, *highs = lows + groups;
+    for (long u = 0; u < units; u++) {
+        float low[UNIT_GROUPS], high[UNIT_GROUPS], largest = 0;
+        long first = u * UNIT_GROUPS, last = MIN(first + UNIT_GROUPS, groups);
+        for (long g = first; g < last; g++) {
+            float *a = &low[g - first], *b = &high[g - first];
+            range_of(x + g * group, MIN(group, count - g * group), a, b);
+            float magnitude = fabsf(*a) > fabsf(*b) ? fabsf(*a) : fabsf(*b);
+            largest = magnitude > largest ? magnitude : largest;
         }
-        encode_bounds(low, high, scales);
-        decode_bounds(scales, bits, &offset, &step);
-        if (step == 0) step = 1;
-        if (seed) {
-            for (long i = 0; i < n; i++) {
-                float unit = floorf((v[i] - offset) / step + threshold_at(seed, position + (uint32_t)(start + i)));
-                codes[start + i] = (uint8_t)(unit < 0 ? 0 : unit > top ? top : unit);
-            }
-        } else {
-            for (long i = 0; i < n; i++) {
-                float unit = (v[i] - offset) / step + 0.5f; /* truncation is floor: negative values are cut to 0 */
-                codes[start + i] = (uint8_t)(int)(unit < 0 ? 0 : unit > top ? top : unit);
-            }
+        float unit = encode_unit(largest, scales + u), inverse_unit = unit == 0 ? 0 : 1 / unit;
+        for (long g = first; g < last; g++) {
+            float a = encode_bound(low[g - first], inverse_unit, lows + g);
+            float b = encode_bound(high[g - first], inverse_unit, highs + g);
+            float offset = a * unit, step = (b - a) * unit / top, inverse = step == 0 ? 0 : 1 / step;
+            const float *v = x + g * group;
+            uint8_t *out = codes + g * group;
+            long n = MIN(group, count - g * group);
+            if (seed)
+                for (long i = 0; i < n; i++)
+                    out[i] = code_of(v[i], offset, inverse, threshold_at(seed, position + (uint32_t)(g * group + i)), top);
+            else if (n == 16) /* the loop over a vector has no ends to take care of */
+                for (long i = 0; i < 16; i++) out[i] = code_of(v[i], offset, inverse, 0.5f, top);
+            else
+                for (long i = 0; i < n; i++) out[i] = code_of(v[i], offset, inverse, 0.5f, top);
         }
     }
 }
 
 static void decode_row(const uint8_t *codes, const uint8_t *scales, long count, int bits, long group, float *out) {
-    for (long start = 0; start < count; start += group, scales += 3) {
-        long n = MIN(group, count - start);
-        float offset, step;
-        decode_bounds(scales, bits, &offset, &step);
-        for (long i = 0; i < n; i++) out[start + i] = (float)codes[start + i] * step + offset;
+    float top = (float)((1 << bits) - 1);
+    long groups = (count + group - 1) / group, units = (groups + UNIT_GROUPS - 1) / UNIT_GROUPS;
+    const int8_t *lows = (const int8_t *)scales + units, *highs = lows + groups;
+    for (long g = 0; g < groups; g++) {
+        long start = g * group, n = MIN(group, count - start);
+        float unit = decode_unit(scales[g / UNIT_GROUPS]), offset = lows[g] * unit;
+        float step = (float)(highs[g] - lows[g]) * unit / top;
+        if (n == 16)
+            for (long i = 0; i < 16; i++) out[start + i] = (float)codes[start + i] * step + offset;
+        else
+            for (long i = 0; i < n; i++) out[start + i] = (float)codes[start + i] * step + offset;
     }
 }
 
@@ -270,7 +306,7 @@ EXPORT void NAME(scale_by_levels)(const T *grad, const uint8_t *packed, long cou
 EXPORT void NAME(encode_rows)(const T *x, long rows, long count, int mode, float eps, int bits, long group,
                               const int64_t *seed, const float *columns, uint8_t *packed, uint8_t *scales,
                               float *rstd, int threads) {
-    long width = packed_width(count, bits), groups = (count + group - 1) / group;
+    long width = packed_width(count, bits), stride = scales_width((count + group - 1) / group);
 #pragma omp parallel num_threads(threads)
     {
         float *values = malloc(count * (sizeof(float) + 1) + 1);
@@ -293,7 +329,7 @@ EXPORT void NAME(encode_rows)(const T *x, long rows, long count, int mode, float
             }
             if (columns)
                 for (long i = 0; i < count; i++) values[i] = (values[i] - columns[i]) / columns[count + i];
-            encode_row(values, count, bits, group, seed, (uint32_t)(r * count), scales + r * groups * 3, codes);
+            encode_row(values, count, bits, group, seed, (uint32_t)(r * count), scales + r * stride, codes);
             pack_row(codes, count, bits, packed + r * width);
         }
         free(values);
@@ -302,7 +338,7 @@ EXPORT void NAME(encode_rows)(const T *x, long rows, long count, int mode, float
 
 EXPORT void NAME(decode_rows)(const uint8_t *packed, const uint8_t *scales, long rows, long count, int bits, long group,
                               T *out, int threads) {
-    long width = packed_width(count, bits), groups = (count + group - 1) / group;
+    long width = packed_width(count, bits), stride = scales_width((count + group - 1) / group);
 #pragma omp parallel num_threads(threads)
     {
         float *values = malloc(count * (sizeof(float) + 1) + 1);
@@ -310,7 +346,7 @@ EXPORT void NAME(decode_rows)(const uint8_t *packed, const uint8_t *scales, long
 #pragma omp for schedule(static)
         for (long r = 0; r < rows; r++) {
             unpack_row(packed + r * width, count, bits, codes);
-            decode_row(codes, scales + r * groups * 3, count, bits, group, values);
+            decode_row(codes, scales + r * stride, count, bits, group, values);
             for (long i = 0; i < count; i++) out[r * count + i] = STORE(values[i]);
         }
         free(values);
@@ -321,7 +357,7 @@ EXPORT void NAME(decode_rows)(const uint8_t *packed, const uint8_t *scales, long
 EXPORT void NAME(norm_backward)(const T *grad, const uint8_t *packed, const uint8_t *scales, const float *rstd,
                                 const float *columns, const float *weight, long rows, long count, int center, int bits,
                                 long group, T *d_x, float *d_weight, float *d_bias, float *sums, int threads) {
-    long width = packed_width(count, bits), groups = (count + group - 1) / group;
+    long width = packed_width(count, bits), stride = scales_width((count + group - 1) / group);
     long share = (rows + threads - 1) / threads;
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int thread = 0; thread < threads; thread++) {
@@ -332,7 +368,7 @@ EXPORT void NAME(norm_backward)(const T *grad, const uint8_t *packed, const uint
             const T *dy = grad + r * count;
             if (d_x || d_weight) {
                 unpack_row(packed + r * width, count, bits, codes);
-                decode_row(codes, scales + r * groups * 3, count, bits, group, values);
+                decode_row(codes, scales + r * stride, count, bits, group, values);
                 if (columns)
                     for (long i = 0; i < count; i++) values[i] = values[i] * columns[count + i] + columns[i];
             }
@@ -364,7 +400,7 @@ EXPORT void NAME(norm_backward)(const T *grad, const uint8_t *packed, const uint
 EXPORT void NAME(encode_heads)(const T *x, long samples, long heads, long tokens, long count, long stride_b, long stride_h,
                                long stride_n, int center, int bits, long group, const int64_t *seed, uint8_t *packed,
                                uint8_t *scales, uint16_t *mean, int threads) {
-    long width = packed_width(count, bits), groups = (count + group - 1) / group;
+    long width = packed_width(count, bits), stride = scales_width((count + group - 1) / group);
 #pragma omp parallel num_threads(threads)
     {
         float *values = malloc(count * (2 * sizeof(float) + 1) + 1), *average = values + count;
@@ -385,7 +421,7 @@ EXPORT void NAME(encode_heads)(const T *x, long samples, long heads, long tokens
             for (long n = 0; n < tokens; n++) {
                 long row = head * tokens + n;
                 for (long i = 0; i < count; i++) values[i] = LOAD(start[n * stride_n + i]) - average[i];
-                encode_row(values, count, bits, group, seed, (uint32_t)(row * count), scales + row * groups * 3, codes);
+                encode_row(values, count, bits, group, seed, (uint32_t)(row * count), scales + row * stride, codes);
                 pack_row(codes, count, bits, packed + row * width);
             }
         }
