@@ -172,9 +172,14 @@ def column_statistics(x: Tensor, eps: float, center: bool) -> Tensor:
     The channels of a transformer's norms differ by orders of magnitude and keep their own level over tokens; standardised
     columns share one scale a row. Deviations far below the typical one are raised, since rows left out may have larger values.
     """
-    sample = x[:: max(1, x.shape[0] // 128)].to(math_dtype(x.dtype))
+    sample = x[:: rows_apart(x.shape[0])].to(math_dtype(x.dtype))
     if center:
         sample = sample - sample.mean(1, keepdim=True)
     sample = sample * (sample.square().mean(1, keepdim=True) + eps).rsqrt()
     var, mean = torch.var_mean(sample, 0, correction=0)
     return torch.stack([mean, (var + 0.05**2).sqrt()]).to(torch.bfloat16)
+
+
+def rows_apart(rows: int) -> int:
+    """How far apart the rows are that `column_statistics` looks at."""
+    return max(1, rows // 128)

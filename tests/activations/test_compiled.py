@@ -124,6 +124,48 @@ class TestRows:
             assert_same_codes(ours[0], theirs[0], bits)
 
 
+class TestAttention:
+    @settings(max_examples=60, deadline=None)
+    @given(
+        **CASES,
+        samples=st.integers(0, 2),
+        heads=st.integers(1, 3),
+        length=st.integers(0, 40),
+        keys=st.integers(0, 40),
+        dim=st.integers(1, 70),
+        value_dim=st.integers(1, 70),
+        masked=st.sampled_from((None, "bool", "float", "row", "column")),
+        causal=st.booleans(),
+    )
+    def test_gradients_are_the_references(
+        self, dtype, bits, seed, samples, heads, length, keys, dim, value_dim, masked, causal
+    ):
+        sizes = ((length, dim), (keys, dim), (keys, value_dim))
+        tensors = [random((samples, n, heads, d), dtype, seed + i).transpose(1, 2) for i, (n, d) in enumerate(sizes)]
+        coded = [list(reference.encode_heads(x, bits, 16, True, i == 0, None)) for i, x in enumerate(tensors)]
+        grad = random((samples, heads, length, value_dim), dtype, seed + 3)
+        shapes = {"row": (1, 1, 1, keys), "column": (samples, heads, length, 1)}
+        mask = random(shapes.get(masked, (1, heads, length, keys)), dtype, seed + 4) if masked else None
+        mask = mask > -1 if masked == "bool" else mask
+        mask = mask.float() if masked and masked != "bool" else mask
+        arguments = (*coded, mask, causal, 0.1, bits, 16, dim, False)
+        ours = compiled.attention_backward(grad, *arguments)
+        theirs = reference.attention_backward(grad.float(), *arguments)  # in bfloat16 its scores would be rounded
+        for our, their in zip(ours[:3], theirs[:3]):
+            assert our.shape == their.shape and our.dtype == dtype
+            bound = 1e-4 if dtype == torch.float32 else 1e-2
+            size = their.abs().amax().item() if their.numel() else 0
+            assert torch.allclose(our.float(), their, rtol=bound, atol=bound * (1 + size))
+
+    def test_long_sequences_are_taken_in_tiles_of_queries(self):
+        tensors = [random((1, 2, 700, d), torch.float32, d) for d in (24, 24, 48)]
+        coded = [list(reference.encode_heads(x, 4, 16, True, i == 0, None)) for i, x in enumerate(tensors)]
+        arguments = (random((1, 2, 700, 48), torch.float32, 9), *coded, None, False, 0.2, 4, 16, 24, False)
+        pairs = zip(compiled.attention_backward(*arguments)[:3], reference.attention_backward(*arguments)[:3])
+        for ours, theirs in pairs:
+            assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().amax().item())
+
+
 class TestSelection:
     def test_auto_takes_the_kernels_on_cpu_and_the_reference_for_what_they_lack(self):
         cpu = torch.device("cpu")

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .. import codec
-from . import attention, reference
+from . import reference
 
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class CompilationError(RuntimeError):
 def library() -> ctypes.CDLL | None:
     """The compiled kernels; None, after one warning, where they cannot be had."""
     try:
-        return ctypes.CDLL(str(_build()))
+        kernels = ctypes.CDLL(str(_build()))
     except (CompilationError, OSError) as error:
         warnings.warn(
             f"The fused CPU kernels are not available ({error}); quantised activations fall back to the slow reference "
@@ -51,6 +51,8 @@ def library() -> ctypes.CDLL | None:
             stacklevel=2,
         )
         return None
+    kernels.attention_workspace.restype = ctypes.c_long
+    return kernels
 
 
 def _build() -> Path:
@@ -104,6 +106,12 @@ def _kernel(name: str, dtype: torch.dtype):
 
 def _pointer(x: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if x is None or x.numel() == 0 else x.data_ptr())
+
+
+class _Coded(ctypes.Structure):
+    """The three results of `encode_heads`."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("packed", "scales", "mean")]
 
 
 def _long(*values: int) -> list[ctypes.c_long]:
@@ -163,11 +171,23 @@ def encode_groups(x: Tensor, bits: int, group_size: int, seed: int | None) -> tu
 def encode_norm(
     x: Tensor, eps: float, center: bool, by_column: bool, bits: int, group_size: int, seed: int | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    columns = codec.column_statistics(x, eps, center) if by_column else None
+    columns = _column_statistics(x, eps, center) if by_column else None
     coded = _encode_rows(x, 1 if center else 2, eps, bits, group_size, seed, columns)
     if coded is None:
         return reference.encode_norm(x, eps, center, by_column, bits, group_size, seed)
     return *coded, x.new_empty(0, dtype=torch.bfloat16) if columns is None else columns
+
+
+def _column_statistics(x: Tensor, eps: float, center: bool) -> Tensor:
+    kernel = _kernel("column_statistics", x.dtype)
+    if kernel is None or not x.numel():
+        return codec.column_statistics(x, eps, center)
+    x = x.contiguous()
+    rows, count = x.shape
+    columns = x.new_empty(2, count, dtype=torch.bfloat16)
+    every = codec.rows_apart(rows)
+    kernel(_pointer(x), *_long(rows, count, every), int(center), ctypes.c_float(eps), _pointer(columns))
+    return columns
 
 
 def _encode_rows(
@@ -271,14 +291,31 @@ def attention_backward(
     dim: int,
     mask_wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    coded, dims = (query, key, value), (dim, dim, grad.shape[3])
-
-    def decode(which: int, samples: slice, heads: slice) -> Tensor:
-        packed, scales = (part[samples, heads] for part in coded[which][:2])
-        mean = coded[which][2]
-        flat = decode_groups(packed.flatten(0, 2), scales.flatten(0, 2), bits, group_size, dims[which], grad.dtype)
-        x = flat.view(*packed.shape[:3], dims[which])
-        return x.add_(mean[samples, heads]) if mean.numel() else x
-
-    shapes = tuple((*parts[0].shape[:3], d) for parts, d in zip(coded, dims))
-    return attention.attention_backward(grad, decode, shapes, mask, is_causal, scale, mask_wanted)
+    kernel = _kernel("attention_backward", grad.dtype)
+    if kernel is None or mask_wanted:
+        arguments = grad, query, key, value, mask, is_causal, scale, bits, group_size, dim, mask_wanted
+        return reference.attention_backward(*arguments)
+    grad = grad if grad.stride(3) == 1 else grad.contiguous()
+    samples, heads, length, value_dim = grad.shape
+    keys = key[0].shape[2]
+    d_query, d_key, d_value = (
+        grad.new_empty(samples, tokens, heads, size).transpose(1, 2)
+        for tokens, size in ((length, dim), (keys, dim), (keys, value_dim))
+    )
+    if mask is not None:
+        if mask.dtype == torch.bool:
+            mask = torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf)
+        mask = mask.to(torch.float32).expand(samples, heads, length, keys)
+    if d_key.numel() or d_value.numel() or d_query.numel():
+        threads = torch.get_num_threads()
+        size = library().attention_workspace(*_long(length, keys, dim, value_dim))
+        room = grad.new_empty(threads * size, dtype=torch.float32)
+        coded = [[part.contiguous() for part in parts] for parts in (query, key, value)]
+        kernel(
+            _pointer(grad), (ctypes.c_long * 3)(*grad.stride()[:3]), 
+            *(ctypes.byref(_Coded(*map(_pointer, parts))) for parts in coded),
+            _pointer(mask), (ctypes.c_long * 4)(*(mask.stride() if mask is not None else ())), int(is_causal),
+            ctypes.c_float(scale), bits, *_long(group_size, samples, heads, length, keys, dim, value_dim),
+            _pointer(d_query), _pointer(d_key), _pointer(d_value), _pointer(room), threads,
+        )  # fmt: skip
+    return d_query, d_key, d_value, grad.new_empty(0, dtype=torch.float32)

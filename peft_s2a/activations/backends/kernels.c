@@ -9,8 +9,12 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
 #define BLOCK 512
+#define INLINE static inline __attribute__((always_inline))
 #define EXPORT __attribute__((visibility("default")))
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define CAT_(a, b) a##_##b
@@ -90,6 +94,10 @@ static void unpack_row(const uint8_t *packed, long count, int bits, uint8_t *cod
         for (long j = 0, n = MIN(width, count - s * width); j < n; j++) codes[s * width + j] = packed[j] >> s * bits & mask;
 }
 
+typedef float vector16 __attribute__((vector_size(64)));
+typedef float loose16 __attribute__((vector_size(64), aligned(4))); /* anywhere in memory */
+typedef int32_t index16 __attribute__((vector_size(64)));
+
 #define UNIT_GROUPS 4
 
 static inline long scales_width(long groups) { return (groups + UNIT_GROUPS - 1) / UNIT_GROUPS + 2 * groups; }
@@ -112,31 +120,43 @@ static inline float encode_bound(float bound, float inverse_unit, int8_t *kept) 
     return (float)*kept;
 }
 
+INLINE vector16 smaller16(vector16 a, vector16 b) {
+    index16 take = a < b;
+    return (vector16)(((index16)a & take) | ((index16)b & ~take));
+}
+
 static inline void range_of(const float *x, long n, float *low, float *high) {
-    float lows[16], highs[16], a, b;
-    long i = 16;
-    if (n >= 16) { /* lane by lane, which is a vector instruction for each comparison */
-        for (int k = 0; k < 16; k++) lows[k] = highs[k] = x[k];
-        for (; i + 16 <= n; i += 16)
-            for (int k = 0; k < 16; k++) {
-                lows[k] = x[i + k] < lows[k] ? x[i + k] : lows[k];
-                highs[k] = x[i + k] > highs[k] ? x[i + k] : highs[k];
-            }
-        for (int half = 8; half; half /= 2)
-            for (int k = 0; k < half; k++) {
-                lows[k] = lows[k + half] < lows[k] ? lows[k + half] : lows[k];
-                highs[k] = highs[k + half] > highs[k] ? highs[k + half] : highs[k];
-            }
-        a = lows[0], b = highs[0];
-    } else a = b = x[0], i = 1;
+    float a = x[0], b = x[0];
+    long i = 1;
+    if (n >= 16) {
+        vector16 lows = *(const loose16 *)x, negated = -lows;
+        for (i = 16; i + 16 <= n; i += 16) {
+            vector16 next = *(const loose16 *)(x + i);
+            lows = smaller16(lows, next), negated = smaller16(negated, -next);
+        }
+        static const index16 swaps[4] = {{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7},
+                                         {4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11},
+                                         {2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13},
+                                         {1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14}};
+        for (int k = 0; k < 4; k++) {
+            lows = smaller16(lows, __builtin_shuffle(lows, swaps[k]));
+            negated = smaller16(negated, __builtin_shuffle(negated, swaps[k]));
+        }
+        a = lows[0], b = -negated[0];
+    }
     for (; i < n; i++) a = x[i] < a ? x[i] : a, b = x[i] > b ? x[i] : b;
     *low = a, *high = b;
 }
 
-/* truncation is floor: negative values are cut to 0 */
-static inline uint8_t code_of(float x, float offset, float inverse_step, float threshold, float top) {
-    float unit = (x - offset) * inverse_step + threshold;
-    return (uint8_t)(int)(unit < 0 ? 0 : unit > top ? top : unit);
+typedef uint8_t bytes16 __attribute__((vector_size(16)));
+
+INLINE void codes_of_16(const float *x, float offset, float inverse_step, vector16 threshold, float top, uint8_t *codes) {
+    const vector16 zero = {0};
+    vector16 unit = (*(const loose16 *)x - offset) * inverse_step + threshold;
+    unit = smaller16(unit, zero + top);
+    unit = (vector16)((index16)unit & (unit > zero));
+    bytes16 rounded = __builtin_convertvector(__builtin_convertvector(unit, index16), bytes16);
+    memcpy(codes, &rounded, 16);
 }
 
 /* Code one row in groups: its scales to `scales`, one code a byte to `codes`. */
@@ -146,29 +166,33 @@ static void encode_row(const float *x, long count, int bits, long group, const i
     long groups = (count + group - 1) / group, units = (groups + UNIT_GROUPS - 1) / UNIT_GROUPS;
     int8_t *lows = (int8_t *)scales + units, *highs = lows + groups;
     for (long u = 0; u < units; u++) {
-        float low[UNIT_GROUPS], high[UNIT_GROUPS], largest = 0;
-        long first = u * UNIT_GROUPS, last = MIN(first + UNIT_GROUPS, groups);
-        for (long g = first; g < last; g++) {
-            float *a = &low[g - first], *b = &high[g - first];
-            range_of(x + g * group, MIN(group, count - g * group), a, b);
-            float magnitude = fabsf(*a) > fabsf(*b) ? fabsf(*a) : fabsf(*b);
+        float low[UNIT_GROUPS], high[UNIT_GROUPS], offset[UNIT_GROUPS], inverse[UNIT_GROUPS], largest = 0;
+        long first = u * UNIT_GROUPS, n_groups = MIN(UNIT_GROUPS, groups - first);
+        for (long g = 0; g < n_groups; g++) {
+            long start = (first + g) * group;
+            range_of(x + start, MIN(group, count - start), &low[g], &high[g]);
+            float magnitude = fabsf(low[g]) > fabsf(high[g]) ? fabsf(low[g]) : fabsf(high[g]);
             largest = magnitude > largest ? magnitude : largest;
         }
         float unit = encode_unit(largest, scales + u), inverse_unit = unit == 0 ? 0 : 1 / unit;
-        for (long g = first; g < last; g++) {
-            float a = encode_bound(low[g - first], inverse_unit, lows + g);
-            float b = encode_bound(high[g - first], inverse_unit, highs + g);
-            float offset = a * unit, step = (b - a) * unit / top, inverse = step == 0 ? 0 : 1 / step;
-            const float *v = x + g * group;
-            uint8_t *out = codes + g * group;
-            long n = MIN(group, count - g * group);
-            if (seed)
-                for (long i = 0; i < n; i++)
-                    out[i] = code_of(v[i], offset, inverse, threshold_at(seed, position + (uint32_t)(g * group + i)), top);
-            else if (n == 16) /* the loop over a vector has no ends to take care of */
-                for (long i = 0; i < 16; i++) out[i] = code_of(v[i], offset, inverse, 0.5f, top);
-            else
-                for (long i = 0; i < n; i++) out[i] = code_of(v[i], offset, inverse, 0.5f, top);
+        for (long g = 0; g < n_groups; g++) {
+            float a = encode_bound(low[g], inverse_unit, lows + first + g);
+            float b = encode_bound(high[g], inverse_unit, highs + first + g);
+            float step = (b - a) * unit / top;
+            offset[g] = a * unit, inverse[g] = step == 0 ? 0 : 1 / step;
+        }
+        for (long g = 0; g < n_groups; g++) {
+            long start = (first + g) * group, n = MIN(group, count - start), i = 0;
+            const float *v = x + start;
+            for (; i + 16 <= n; i += 16) {
+                vector16 threshold;
+                for (int k = 0; k < 16; k++) threshold[k] = threshold_at(seed, position + (uint32_t)(start + i + k));
+                codes_of_16(v + i, offset[g], inverse[g], threshold, top, codes + start + i);
+            }
+            for (; i < n; i++) { /* truncation is floor: negative values are cut to 0 */
+                float code = (v[i] - offset[g]) * inverse[g] + threshold_at(seed, position + (uint32_t)(start + i));
+                codes[start + i] = (uint8_t)(int)(code < 0 ? 0 : code > top ? top : code);
+            }
         }
     }
 }
@@ -188,8 +212,146 @@ static void decode_row(const uint8_t *codes, const uint8_t *scales, long count, 
     }
 }
 
-typedef float vector16 __attribute__((vector_size(64)));
-typedef int32_t index16 __attribute__((vector_size(64)));
+#define PAD16(n) (((n) + 15) / 16 * 16)
+
+/* One tile of a matrix product, in registers: c[r, 16 v] (+)= sum over k of a[r, k] b[k, 16 v]. */
+INLINE void product_tile(int rows, int vectors, const float *a, long a_row, long a_step, const float *b, long b_step,
+                         long inner, float *c, long c_row, int add) {
+    vector16 sums[6][4];
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < vectors; v++)
+            sums[r][v] = add ? (vector16) * (loose16 *)(c + r * c_row + 16 * v) : (vector16){0};
+    for (long k = 0; k < inner; k++) {
+        vector16 right[4];
+        for (int v = 0; v < vectors; v++) right[v] = *(const loose16 *)(b + k * b_step + 16 * v);
+        for (int r = 0; r < rows; r++)
+            for (int v = 0; v < vectors; v++) sums[r][v] += a[r * a_row + k * a_step] * right[v];
+    }
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < vectors; v++) *(loose16 *)(c + r * c_row + 16 * v) = sums[r][v];
+}
+
+INLINE void product_columns(int vectors, long rows, const float *a, long a_row, long a_step, const float *b, long b_step,
+                            long inner, float *c, long c_row, int add) {
+    long i = 0;
+    for (; i + 6 <= rows; i += 6)
+        product_tile(6, vectors, a + i * a_row, a_row, a_step, b, b_step, inner, c + i * c_row, c_row, add);
+    a += i * a_row, c += i * c_row;
+    switch (rows - i) {
+    case 5: product_tile(5, vectors, a, a_row, a_step, b, b_step, inner, c, c_row, add); break;
+    case 4: product_tile(4, vectors, a, a_row, a_step, b, b_step, inner, c, c_row, add); break;
+    case 3: product_tile(3, vectors, a, a_row, a_step, b, b_step, inner, c, c_row, add); break;
+    case 2: product_tile(2, vectors, a, a_row, a_step, b, b_step, inner, c, c_row, add); break;
+    case 1: product_tile(1, vectors, a, a_row, a_step, b, b_step, inner, c, c_row, add); break;
+    }
+}
+
+/* c (+)= a b, with `columns` (of b and c) a multiple of 16; element [i, k] of a lies at i * a_row + k * a_step */
+static void product(long rows, long columns, long inner, const float *a, long a_row, long a_step, const float *b, long b_row,
+                    float *c, long c_row, int add) {
+    long j = 0;
+#ifdef __AVX512F__ /* enough registers for four vectors beside six rows */
+    for (; j + 64 <= columns; j += 64) product_columns(4, rows, a, a_row, a_step, b + j, b_row, inner, c + j, c_row, add);
+    for (; j + 32 <= columns; j += 32) product_columns(2, rows, a, a_row, a_step, b + j, b_row, inner, c + j, c_row, add);
+#endif
+    for (; j < columns; j += 16) product_columns(1, rows, a, a_row, a_step, b + j, b_row, inner, c + j, c_row, add);
+}
+
+/* exp for x <= 0, to within a few units in the last place; below -87 it is 0. After the range reduction a polynomial
+ * (coefficients of expf in the Cephes library, Moshier 1992). */
+INLINE vector16 exp16(vector16 x) {
+    index16 kept = x > -87.0f;
+    index16 n = __builtin_convertvector(x * 1.44269504f - 0.5f, index16) & kept; /* truncation rounds to nearest here */
+    vector16 whole = __builtin_convertvector(n, vector16);
+    vector16 r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+    vector16 p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = (p * r * r + r + 1) * (vector16)((n + 127) << 23);
+    return (vector16)((index16)p & kept);
+}
+
+static inline float sum16(vector16 x) {
+    float sum = 0;
+    for (int k = 0; k < 16; k++) sum += x[k];
+    return sum;
+}
+
+/* The softmax of a row of `count` scores, in place; a row of nothing but minus infinity becomes zeros. Up to the next multiple of
+ * 16 it is filled with zeros. */
+static void softmax_row(float *x, long count) {
+    float top = -INFINITY;
+    long padded = PAD16(count);
+    if (!count) return;
+    for (long i = count; i < padded; i++) x[i] = -INFINITY;
+    vector16 tops = *(loose16 *)x;
+    for (long i = 16; i < padded; i += 16) {
+        vector16 v = *(loose16 *)(x + i);
+        index16 larger = v > tops;
+        tops = (vector16)(((index16)v & larger) | ((index16)tops & ~larger));
+    }
+    for (int k = 0; k < 16; k++) top = tops[k] > top ? tops[k] : top;
+    if (top == -INFINITY) {
+        memset(x, 0, padded * sizeof(float));
+        return;
+    }
+    vector16 sums = {0};
+    for (long i = 0; i < padded; i += 16) {
+        vector16 e = exp16(*(loose16 *)(x + i) - top);
+        *(loose16 *)(x + i) = e, sums += e;
+    }
+    float scale = 1 / sum16(sums);
+    for (long i = 0; i < padded; i += 16) *(loose16 *)(x + i) *= scale;
+}
+
+/* d = p * (d - sum(p * d)), the gradient of the scores behind the probabilities p */
+static void softmax_row_backward(const float *p, float *d, long padded) {
+    vector16 sums = {0};
+    for (long i = 0; i < padded; i += 16) sums += *(loose16 *)(p + i) * *(loose16 *)(d + i);
+    float sum = sum16(sums);
+    for (long i = 0; i < padded; i += 16) *(loose16 *)(d + i) = *(loose16 *)(p + i) * (*(loose16 *)(d + i) - sum);
+}
+
+static void transpose(const float *x, long rows, long columns, long x_row, float *out, long out_row) {
+    for (long i = 0; i < rows; i++)
+        for (long j = 0; j < columns; j++) out[j * out_row + i] = x[i * x_row + j];
+}
+
+/* Queries, keys or values of one head: [rows, PAD16(count)], filled up with zeros. */
+static void decode_head(const uint8_t *packed, const uint8_t *scales, const uint16_t *mean, long rows, long count, int bits,
+                        long group, float factor, uint8_t *codes, float *out) {
+    long width = packed_width(count, bits), stride = scales_width((count + group - 1) / group), row = PAD16(count);
+    for (long n = 0; n < rows; n++, out += row) {
+        unpack_row(packed + n * width, count, bits, codes);
+        decode_row(codes, scales + n * stride, count, bits, group, out);
+        if (mean)
+            for (long i = 0; i < count; i++) out[i] += bf16_to_float(mean[i]);
+        if (factor != 1)
+            for (long i = 0; i < count; i++) out[i] *= factor;
+        memset(out + count, 0, (row - count) * sizeof(float));
+    }
+}
+
+typedef struct {
+    const uint8_t *packed, *scales;
+    const uint16_t *mean; /* may be null */
+} Coded;
+
+/* How many query rows attention takes at a time: their scores shall stay in the cache. */
+static long rows_at_a_time(long length, long keys) {
+    long most = keys ? 24576 / PAD16(keys) : length;
+    if (most < 6) most = 6;
+    long tiles = (length + most - 1) / most;
+    return tiles ? (length + tiles - 1) / tiles : 0;
+}
+
+/* Floats of room that one thread of `attention_backward` needs. */
+EXPORT long attention_workspace(long length, long keys, long dim, long value_dim) {
+    long rows = rows_at_a_time(length, keys), e = PAD16(dim), ev = PAD16(value_dim), s = PAD16(keys);
+    return length * e + 2 * keys * e + keys * ev + (dim + value_dim) * s + rows * (2 * s + e + ev) + PAD16(e + ev);
+}
 
 #define T float
 #define SUFFIX float32
@@ -314,16 +476,16 @@ EXPORT void NAME(encode_rows)(const T *x, long rows, long count, int mode, float
 #pragma omp for schedule(static)
         for (long r = 0; r < rows; r++) {
             const T *row = x + r * count;
-            double sum = 0, squares = 0;
+            float sum = 0, squares = 0;
             for (long i = 0; i < count; i++) values[i] = LOAD(row[i]);
             if (mode) {
                 if (mode == 1) {
                     for (long i = 0; i < count; i++) sum += values[i];
-                    float mean = (float)(sum / count);
+                    float mean = sum / count;
                     for (long i = 0; i < count; i++) values[i] -= mean;
                 }
-                for (long i = 0; i < count; i++) squares += (double)values[i] * values[i];
-                float scale = (float)(1 / sqrt(squares / count + eps));
+                for (long i = 0; i < count; i++) squares += values[i] * values[i];
+                float scale = 1 / sqrtf(squares / count + eps);
                 for (long i = 0; i < count; i++) values[i] *= scale;
                 rstd[r] = scale;
             }
@@ -426,6 +588,104 @@ EXPORT void NAME(encode_heads)(const T *x, long samples, long heads, long tokens
             }
         }
         free(values);
+    }
+}
+
+/* Mean and deviation of the columns of the normalised rows x[0], x[every], ...; see `codec.column_statistics`. */
+EXPORT void NAME(column_statistics)(const T *x, long rows, long count, long every, int center, float eps, uint16_t *out) {
+    double *sums = calloc(2 * count, sizeof(double)), *squares = sums + count;
+    float *values = malloc(count * sizeof(float) + 1);
+    long used = 0;
+    for (long r = 0; r < rows; r += every, used++) {
+        float mean = 0, square = 0;
+        for (long i = 0; i < count; i++) values[i] = LOAD(x[r * count + i]);
+        if (center)
+            for (long i = 0; i < count; i++) mean += values[i];
+        mean /= count;
+        for (long i = 0; i < count; i++) values[i] -= mean, square += values[i] * values[i];
+        float scale = 1 / sqrtf(square / count + eps);
+        for (long i = 0; i < count; i++) {
+            float value = values[i] * scale;
+            sums[i] += value, squares[i] += (double)value * value;
+        }
+    }
+    for (long i = 0; i < count; i++) {
+        double mean = sums[i] / used, var = squares[i] / used - mean * mean;
+        out[i] = float_to_bf16((float)mean);
+        out[count + i] = float_to_bf16((float)sqrt((var < 0 ? 0 : var) + 0.05 * 0.05));
+    }
+    free(sums), free(values);
+}
+
+/* See `attention.py`. grad[b, h, n, d] lies at b * grad_strides[0] + h * grad_strides[1] + n * grad_strides[2] + d; the mask's strides
+ * are four. Results are [B, N, H, D]. `room`: `attention_workspace` floats for every thread. */
+EXPORT void NAME(attention_backward)(const T *grad, const long *grad_strides, const Coded *query, const Coded *key,
+                                     const Coded *value, const float *mask, const long *mask_strides, int causal,
+                                     float scale, int bits, long group, long samples, long heads, long length, long keys,
+                                     long dim, long value_dim, T *d_query, T *d_key, T *d_value, float *room, int threads) {
+    long e = PAD16(dim), ev = PAD16(value_dim), s = PAD16(keys), most = rows_at_a_time(length, keys);
+    long size = attention_workspace(length, keys, dim, value_dim);
+#pragma omp parallel num_threads(threads)
+    {
+        long thread = 0;
+#ifdef _OPENMP
+        thread = omp_get_thread_num();
+#endif
+        float *q = room + thread * size, *k = q + length * e, *dk = k + keys * e, *dv = dk + keys * e;
+        float *kt = dv + keys * ev, *vt = kt + dim * s, *p = vt + value_dim * s, *ds = p + most * s, *dq = ds + most * s;
+        float *dout = dq + most * e;
+        uint8_t *codes = (uint8_t *)(dout + most * ev);
+        memset(kt, 0, (dim + value_dim) * s * sizeof(float));
+#pragma omp for schedule(dynamic)
+        for (long head = 0; head < samples * heads; head++) {
+            long b = head / heads, h = head % heads;
+#define DECODE(coded, rows, count, factor, out)                                                                        \
+    decode_head(coded->packed + head * rows * packed_width(count, bits),                                               \
+                coded->scales + head * rows * scales_width((count + group - 1) / group),                               \
+                coded->mean ? coded->mean + head * count : NULL, rows, count, bits, group, factor, codes, out)
+            DECODE(value, keys, value_dim, 1, dv); /* until its own use, room for the values */
+            transpose(dv, keys, value_dim, ev, vt, s);
+            DECODE(query, length, dim, scale, q);
+            DECODE(key, keys, dim, 1, k);
+            transpose(k, keys, dim, e, kt, s);
+            for (long start = 0; start < length; start += most) {
+                long rows = MIN(most, length - start);
+                const float *q_rows = q + start * e;
+                for (long i = 0; i < rows; i++) {
+                    const T *from = grad + b * grad_strides[0] + h * grad_strides[1] + (start + i) * grad_strides[2];
+                    for (long j = 0; j < value_dim; j++) dout[i * ev + j] = LOAD(from[j]);
+                    for (long j = value_dim; j < ev; j++) dout[i * ev + j] = 0;
+                }
+                product(rows, s, dim, q_rows, e, 1, kt, s, p, s, 0);
+                product(rows, s, value_dim, dout, ev, 1, vt, s, ds, s, 0);
+                for (long i = 0; i < rows; i++) {
+                    float *row = p + i * s;
+                    if (mask) {
+                        const float *term = mask + b * mask_strides[0] + h * mask_strides[1] + (start + i) * mask_strides[2];
+                        if (mask_strides[3] == 1)
+                            for (long j = 0; j < keys; j++) row[j] += term[j];
+                        else
+                            for (long j = 0; j < keys; j++) row[j] += term[j * mask_strides[3]];
+                    }
+                    if (causal)
+                        for (long j = start + i + 1; j < keys; j++) row[j] = -INFINITY;
+                    softmax_row(row, keys);
+                    softmax_row_backward(row, ds + i * s, s);
+                }
+                product(rows, e, keys, ds, s, 1, k, e, dq, e, 0);
+                for (long i = 0; i < rows; i++)
+                    for (long j = 0; j < dim; j++)
+                        d_query[((b * length + start + i) * heads + h) * dim + j] = STORE(dq[i * e + j] * scale);
+                product(keys, e, rows, ds, 1, s, q_rows, e, dk, e, start > 0);
+                product(keys, ev, rows, p, 1, s, dout, ev, dv, ev, start > 0);
+            }
+            for (long n = 0; n < keys; n++) {
+                for (long j = 0; j < dim; j++)
+                    d_key[((b * keys + n) * heads + h) * dim + j] = STORE(length ? dk[n * e + j] : 0);
+                for (long j = 0; j < value_dim; j++)
+                    d_value[((b * keys + n) * heads + h) * value_dim + j] = STORE(length ? dv[n * ev + j] : 0);
+            }
+        }
     }
 }
 
