@@ -1,58 +1,66 @@
-"""Memory and time of a training step, S2A against what a user could pick instead, and without each of its tricks.
+"""What a training step takes in memory and time: S2A, what a user could pick instead, and S2A without each of its tricks.
 
-    python benchmarks/memory_and_speed.py                      # ViT-B/16, Swin-T, ResNet-50 at batch 8, 224 x 224, fp32
-    python benchmarks/memory_and_speed.py vit-b --rounds 3
+    python benchmarks/memory_and_speed.py                          # ViT-B/16, Swin-T, ResNet-50 at batch 8, fp32
+    python benchmarks/memory_and_speed.py vit-b --rounds 3         # only one of them
+    python benchmarks/memory_and_speed.py --preset full            # eight backbones, all of PEFT's methods, on a GPU
 
-Models have random weights from their configurations, 100 labels. All methods of a backbone live in one process and take
-their steps in turn, so that a machine that slows down hits all alike. What is measured, by `peft_s2a.profile_memory`:
+Models have random weights from their configurations, 100 labels, 224 x 224 images. All methods of a backbone live in one process
+and take their steps in turn, so that a machine that slows down hits all alike. What is measured, by
+`peft_s2a.profile_memory`:
 
 saved   bytes autograd keeps for backward (unique storages, parameters and buffers excluded), per image
 peak    highest live bytes during a training step, above parameters, optimiser state and batch
 
-and step, the median seconds of a training step with AdamW.
+and step, the median seconds of a training step with AdamW, with its smallest and largest value. Methods that a backbone or PEFT
+does not support are listed with the reason. Growth with batch size, tokens and blocks is a line fitted to a few points.
 
-Writes `benchmarks/results/memory_and_speed-<device>.json` and prints a table.
+Writes `benchmarks/results/memory_and_speed-<preset>-<device>.json`, and beside it a plot (.png).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import functools
 import statistics
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import torch
-from environment import describe_environment, slug
-from peft import LoraConfig, get_peft_model
+from environment import describe_environment, result_file, write_result
+from peft import (
+    IA3Config,
+    LNTuningConfig,
+    OFTConfig,
+    PeftConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    VeloraConfig,
+    get_peft_model,
+)
+from peft.optimizers import create_lorafa_optimizer
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import (
-    ResNetConfig,
-    ResNetForImageClassification,
-    SwinConfig,
-    SwinForImageClassification,
-    ViTConfig,
-    ViTForImageClassification,
-)
 
-from peft_s2a import ActivationQuantizationConfig, S2ABiasConfig, S2AConfig, profile_memory
+from peft_s2a import ActivationQuantizationConfig, S2AConfig, profile_memory
 from peft_s2a.activations.functional import Quantizer
+from peft_s2a.memory.methods import METHODS as PLANNED
+from peft_s2a.memory.methods import checkpointed, lora, lora_targets
+from peft_s2a.memory.models import find_model
+from peft_s2a.tuners.targets import find_task_heads
 
 
-RESULTS = Path(__file__).parent / "results"
+MiB = 2**20
 NUM_LABELS = 100
-BACKBONES: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
-    "vit-b": (lambda: ViTForImageClassification(ViTConfig(num_labels=NUM_LABELS)), ["q_proj", "v_proj"]),
-    "swin-t": (lambda: SwinForImageClassification(SwinConfig(num_labels=NUM_LABELS)), ["q_proj", "v_proj"]),
-    "resnet50": (lambda: ResNetForImageClassification(ResNetConfig(num_labels=NUM_LABELS)), ["convolution"]),
-}
+Apply = Callable[[nn.Module], nn.Module]
+MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 
 
 class WithoutTokenMean(ActivationQuantizationConfig):
@@ -62,43 +70,188 @@ class WithoutTokenMean(ActivationQuantizationConfig):
         return replace(super().quantizer(kind, module_name), center_attention=False)
 
 
-def s2a(**quantization: Any) -> Callable[[nn.Module, list[str]], nn.Module]:
-    config = {"activation_quantization": ActivationQuantizationConfig(**quantization)}
-    return lambda model, targets: get_peft_model(model, S2AConfig(**config))
+def s2a(**settings: Any) -> Apply:
+    return lambda model: get_peft_model(model, S2AConfig(**settings))
 
 
-def lora(model: nn.Module, targets: list[str]) -> nn.Module:
-    return get_peft_model(model, LoraConfig(r=8, target_modules=targets, modules_to_save=["classifier"]))
+def s2a_with(quantization: ActivationQuantizationConfig | None) -> Apply:
+    return s2a(activation_quantization=quantization)
 
 
-def checkpointed(model: nn.Module, targets: list[str]) -> nn.Module:
-    model = lora(model, targets)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model
+def s2a_not_in_place(model: nn.Module) -> nn.Module:
+    """Activation functions write to new memory, as if somebody else read their input."""
+    with mock.patch("peft_s2a.activations.wrap._producers", return_value={}):
+        return s2a()(model)
 
 
-METHODS: dict[str, Callable[[nn.Module, list[str]], nn.Module]] = {
-    "full fine-tuning": lambda model, targets: model,
-    "LoRA": lora,
-    "LoRA + checkpointing": checkpointed,
-    "biases only": lambda model, targets: get_peft_model(model, S2ABiasConfig(activation_quantization=None)),
-    "S2A": s2a(),
-    "S2A, activations in full precision": lambda model, targets: get_peft_model(
-        model, S2AConfig(activation_quantization=None)
+def tuned(make_config: Callable[[nn.Module], PeftConfig]) -> Apply:
+    """A method of PEFT, with the task head trained beside it."""
+
+    def apply(model: nn.Module) -> nn.Module:
+        config = make_config(model)
+        if not config.is_prompt_learning:
+            config.modules_to_save = find_task_heads(model)
+        return get_peft_model(model, config)
+
+    return apply
+
+
+def ia3(model: nn.Module) -> IA3Config:
+    """Keys, values and what follows the MLPs' activation functions (Liu et al. 2022), or all convolutions."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    mlp = [name for name in names if name.endswith(("fc2", "mlp.down_proj", "output.dense", "pwconv2"))]
+    attention = [name for name in names if name.endswith(("k_proj", "v_proj", "key", "value"))]
+    convolutions = [] if attention or mlp else lora_targets(model)
+    return IA3Config(target_modules=attention + mlp + convolutions, feedforward_modules=mlp)
+
+
+def oft(model: nn.Module) -> OFTConfig:
+    return OFTConfig(oft_block_size=32, target_modules=lora_targets(model))
+
+
+def ln_tuning(model: nn.Module) -> LNTuningConfig:
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)]
+    if not names:
+        raise ValueError("the model has no layer normalisation")
+    return LNTuningConfig(target_modules=names)
+
+
+@dataclass(frozen=True)
+class Method:
+    apply: Apply
+    optimizer: MakeOptimizer | None = None  # None: AdamW
+
+
+def lorafa_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    """Freezes the A matrices too, whose inputs are then not kept."""
+    return create_lorafa_optimizer(model, r=8, lora_alpha=8, lr=1e-3)
+
+
+BASELINES: dict[str, Method] = {
+    "full fine-tuning": Method(PLANNED["full"].apply),
+    "linear probe": Method(PLANNED["linear"].apply),
+    "BitFit": Method(PLANNED["bias"].apply),
+    "LoRA": Method(PLANNED["lora"].apply),
+    "DoRA": Method(functools.partial(lora, use_dora=True)),
+    "LoRA-FA": Method(lora, lorafa_optimizer),
+    "VeLoRA": Method(functools.partial(lora, velora_config=VeloraConfig())),
+    "IA3": Method(tuned(ia3)),
+    "OFT": Method(tuned(oft)),
+    "LN tuning": Method(tuned(ln_tuning)),
+    "prompt tuning": Method(
+        tuned(lambda model: PromptTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=8))
     ),
-    "S2A, eager backend": s2a(backend="reference"),
-    "S2A, no tiles": s2a(mlp_tiles=1),
-    "S2A, no token mean": lambda model, targets: get_peft_model(
-        model, S2AConfig(activation_quantization=WithoutTokenMean())
+    "prefix tuning": Method(
+        tuned(lambda model: PrefixTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=8))
     ),
 }
+CHECKPOINTED = {
+    f"{name} + checkpointing": Method(checkpointed(method.apply), method.optimizer)
+    for name, method in BASELINES.items()
+    if name not in ("linear probe", "prompt tuning", "prefix tuning")
+}
+STRUCTURES = {
+    "S2A": Method(s2a()),
+    "S2A + checkpointing": Method(checkpointed(s2a())),
+    "S2A bias": Method(s2a(structures=("bias",))),
+    "S2A prompt": Method(s2a(structures=("prompt",))),
+    "S2A side": Method(s2a(structures=("side",))),
+    "S2A ladder": Method(s2a(structures=("side",), side_mode="ladder")),
+}
+TRICKS = {
+    "S2A, activations in full precision": Method(s2a_with(None)),
+    "S2A, eager backend": Method(s2a_with(ActivationQuantizationConfig(backend="reference"))),
+    "S2A, no tiles": Method(s2a_with(ActivationQuantizationConfig(mlp_tiles=1))),
+    "S2A, not in place": Method(s2a_not_in_place),
+    "S2A, no token mean": Method(s2a_with(WithoutTokenMean())),
+}
+METHODS: dict[str, Method] = BASELINES | CHECKPOINTED | STRUCTURES | TRICKS
+
+FEW = ("full fine-tuning", "LoRA", "LoRA + checkpointing", "S2A")
+MAIN = ("full fine-tuning", "BitFit", "LoRA", "LoRA + checkpointing", "S2A", *TRICKS)
+BACKBONES = ("vit-b", "vit-l", "dinov2-s", "dinov2-b", "swin-t", "swin-b", "resnet50", "convnext-t")
 
 
-def training_step(model: nn.Module, batch: dict[str, torch.Tensor], autocast: bool) -> Callable[[], None]:
-    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
+@dataclass(frozen=True)
+class Case:
+    """Methods that take their steps in turn.
+
+    Attributes:
+        layers: Number of transformer blocks, None for the model's own.
+        autocast: Whether the forward pass runs under bfloat16 autocast.
+        axis: Along which a line is to be fitted through this and other cases: "images", "tokens" or "blocks".
+    """
+
+    backbone: str
+    methods: tuple[str, ...]
+    batch_size: int = 8
+    image_size: int = 224
+    layers: int | None = None
+    autocast: bool = False
+    axis: str | None = None
+
+
+def growth(backbone: str, batch_sizes: tuple[int, ...], image_sizes: tuple[int, ...], depths: tuple[int, ...],
+           batch_size: int, methods: tuple[str, ...] = FEW) -> Iterator[Case]:  # fmt: skip
+    """Cases that differ in one thing at a time."""
+    for size in batch_sizes:
+        yield Case(backbone, methods, size, axis="images")
+    for size in image_sizes:
+        yield Case(backbone, methods, batch_size, image_size=size, axis="tokens")
+    for layers in depths:
+        yield Case(backbone, methods, batch_size, layers=layers, axis="blocks")
+
+
+@dataclass(frozen=True)
+class Preset:
+    cases: tuple[Case, ...]
+    rounds: int
+
+
+PRESETS = {
+    "main": Preset(tuple(Case(backbone, MAIN) for backbone in ("vit-b", "swin-t", "resnet50")), 5),
+    "reduced": Preset(
+        (
+            *(Case(backbone, MAIN, 4) for backbone in ("dinov2-s", "swin-t", "resnet50")),
+            *growth("vit-s", (2, 4, 8), (112, 160, 224), (4, 8, 12), 4),
+        ),
+        3,
+    ),
+    "full": Preset(
+        (
+            *(
+                Case(backbone, tuple(METHODS), batch_size, autocast=autocast)
+                for backbone in BACKBONES
+                for autocast in (False, True)
+                for batch_size in (8, 64)
+            ),
+            *growth("vit-b", (8, 16, 32, 64), (224, 320, 448), (4, 8, 12, 16), 32, (*FEW, "S2A + checkpointing", "S2A ladder")),
+        ),
+        10,
+    ),
+}  # fmt: skip
+
+
+def build(case: Case, device: str) -> nn.Module:
+    found = find_model(case.backbone, case.image_size, NUM_LABELS)
+    if case.layers is not None:
+        if not hasattr(found.config, "num_hidden_layers"):
+            raise ValueError(f"{case.backbone}: has no uniform blocks whose number could be changed")
+        found.config.num_hidden_layers = case.layers
+    return found.build(device)
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
+
+
+def training_step(model: nn.Module, batch: dict[str, torch.Tensor], make_optimizer: MakeOptimizer,
+                  autocast: bool) -> Callable[[], None]:  # fmt: skip
+    optimizer = make_optimizer(model)
+    device = batch["pixel_values"].device.type
 
     def step() -> None:
-        with torch.autocast(batch["pixel_values"].device.type, torch.bfloat16, enabled=autocast):
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
             loss = model(**batch).loss
         loss.backward()
         optimizer.step()
@@ -107,91 +260,229 @@ def training_step(model: nn.Module, batch: dict[str, torch.Tensor], autocast: bo
     return step
 
 
-def measure(backbone: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row a method."""
-    build, targets = BACKBONES[backbone]
-    generator = torch.Generator().manual_seed(args.seed)
+def measure(case: Case, rounds: int, seed: int, device: str) -> list[dict[str, Any]]:
+    """One row a method: `case`, and either what was measured or why it was skipped."""
+    generator = torch.Generator().manual_seed(seed)
+    size = case.image_size
     batch = {
-        "pixel_values": torch.randn(args.batch_size, 3, 224, 224, generator=generator).to(args.device),
-        "labels": torch.randint(0, NUM_LABELS, (args.batch_size,), generator=generator).to(args.device),
+        "pixel_values": torch.randn(case.batch_size, 3, size, size, generator=generator).to(device),
+        "labels": torch.randint(0, NUM_LABELS, (case.batch_size,), generator=generator).to(device),
     }
-    rows, steps = {}, {}
-    for name in tqdm(args.methods, desc=f"{backbone}: prepare"):
-        torch.manual_seed(args.seed)
+    shared = {name: value for name, value in asdict(case).items() if name != "methods"}
+    rows: dict[str, dict[str, Any]] = {}
+    steps = {}
+    label = f"{case.backbone}, batch {case.batch_size}, {size} px"
+    for name in tqdm(case.methods, desc=f"{label}: prepare"):
+        method = METHODS[name]
+        make_optimizer = method.optimizer or adamw
+        rows[name] = {**shared, "method": name}
+        torch.manual_seed(seed)
         try:
-            model = METHODS[name](build(), targets).to(args.device).train()
-        except ValueError as error:
-            rows[name] = {"backbone": backbone, "method": name, "skipped": str(error)}
+            model = method.apply(build(case, device)).to(device).train()
+            report = profile_memory(
+                model,
+                batch,
+                optimizer=lambda parameters, model=model, make=make_optimizer: make(model),
+                autocast=torch.bfloat16 if case.autocast else None,
+            )
+            steps[name] = training_step(model, batch, make_optimizer, case.autocast)
+            steps[name]()
+        except (
+            ValueError,
+            TypeError,
+            AttributeError,
+            NotImplementedError,
+            RuntimeError,
+        ) as error:  # also out of memory
+            steps.pop(name, None)
+            rows[name]["skipped"] = (str(error) or type(error).__name__).splitlines()[0]
             continue
-        report = profile_memory(model, batch, autocast=torch.bfloat16 if args.autocast else None)
-        steps[name] = training_step(model, batch, args.autocast)
-        steps[name]()
-        rows[name] = {
-            "backbone": backbone,
-            "method": name,
+        rows[name] |= {
             "trainable": report.trainable_parameters,
             "parameters": report.total_parameters,
-            "saved_bytes_per_image": report.saved_bytes / args.batch_size,
+            "saved_bytes_per_image": report.saved_bytes / case.batch_size,
             "peak_bytes": report.step_peak_bytes,
         }
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in tqdm(range(args.rounds), desc=f"{backbone}: rounds"):
+    for _ in tqdm(range(rounds), desc=f"{label}: rounds"):
         for name, step in steps.items():
             start = time.perf_counter()
             step()
-            if args.device != "cpu":
+            if device != "cpu":
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - start)
     for name, times in seconds.items():
-        rows[name] |= {"step_seconds": statistics.median(times), "all_step_seconds": times}
+        rows[name] |= {"step_seconds": statistics.median(times), "all_step_seconds": [round(t, 5) for t in times]}
     return list(rows.values())
+
+
+AXES: dict[str, Callable[[dict[str, Any]], int]] = {
+    "images": lambda row: row["batch_size"],
+    "tokens": lambda row: (row["image_size"] // 16) ** 2 + 1,
+    "blocks": lambda row: row["layers"],
+}
+
+
+def slopes(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Lines through the rows that differ along one axis: bytes and seconds for each image, token (of every image) or block."""
+    found = []
+    for axis, position in AXES.items():
+        along = [row for row in rows if row["axis"] == axis and "skipped" not in row]
+        for backbone, method in dict.fromkeys((row["backbone"], row["method"]) for row in along):
+            points = [row for row in along if (row["backbone"], row["method"]) == (backbone, method)]
+            if len(points) < 2:
+                continue
+            x = [position(row) for row in points]
+            row = {
+                "backbone": backbone,
+                "method": method,
+                "axis": axis,
+                "at": x,
+                "batch_size": points[0]["batch_size"],
+            }
+            for quantity in ("peak_bytes", "step_seconds"):
+                row[f"{quantity}_slope"], row[f"{quantity}_intercept"] = np.polyfit(
+                    x, [p[quantity] for p in points], 1
+                )
+            found.append(row)
+    return found
+
+
+def lora_of(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """LoRA under the same circumstances."""
+    same = [name for name in asdict(Case("", ())) if name != "methods"]
+    return next(
+        (
+            other
+            for other in rows
+            if other["method"] == "LoRA" and "skipped" not in other and all(other[n] == row[n] for n in same)
+        ),
+        None,
+    )
 
 
 def table_of(rows: list[dict[str, Any]]) -> Table:
     table = Table(
-        "backbone", "method", "saved MiB/image", "peak MiB", "step s", "saved / LoRA", "peak / LoRA", "step / LoRA"
-    )
-    lora_rows = {row["backbone"]: row for row in rows if row["method"] == "LoRA" and "skipped" not in row}
+        "backbone", "batch", "method", "saved MiB/image", "peak MiB", "step s (min-max)", "saved / LoRA", "peak / LoRA",
+        "step / LoRA",
+    )  # fmt: skip
     for row in rows:
+        title = row["backbone"] + (f", {row['image_size']} px" if row["image_size"] != 224 else "")
+        title += f", {row['layers']} blocks" if row["layers"] else ""
+        batch = f"{row['batch_size']}{' bf16' if row['autocast'] else ''}"
         if "skipped" in row:
-            table.add_row(row["backbone"], row["method"], "not supported by the model class")
+            table.add_row(title, batch, row["method"], f"[dim]{row['skipped'][:60]}[/dim]")
             continue
-        base = lora_rows.get(row["backbone"])
+        base = lora_of(row, rows)
         names = ("saved_bytes_per_image", "peak_bytes", "step_seconds")
         ratios = [f"{row[name] / base[name]:.2f}" if base else "" for name in names]
+        times = row["all_step_seconds"]
         table.add_row(
-            row["backbone"],
+            title,
+            batch,
             row["method"],
-            f"{row['saved_bytes_per_image'] / 2**20:.2f}",
-            f"{row['peak_bytes'] / 2**20:.0f}",
-            f"{row['step_seconds']:.3f}",
+            f"{row['saved_bytes_per_image'] / MiB:.2f}",
+            f"{row['peak_bytes'] / MiB:.0f}",
+            f"{row['step_seconds']:.3f} ({min(times):.3f}-{max(times):.3f})",
             *ratios,
         )
     return table
 
 
+def slopes_table(found: list[dict[str, Any]]) -> Table:
+    table = Table("backbone", "method", "for each", "peak MiB", "step ms", "points", title="Growth")
+    for row in found:
+        table.add_row(
+            row["backbone"],
+            row["method"],
+            {"images": "image", "tokens": f"token of {row['batch_size']} images", "blocks": "block"}[row["axis"]],
+            f"{row['peak_bytes_slope'] / MiB:.3f}",
+            f"{1e3 * row['step_seconds_slope']:.2f}",
+            ", ".join(map(str, row["at"])),
+        )
+    return table
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """For each backbone, bars of the peak and of the step time as parts of full fine-tuning's or LoRA's."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = [row for row in rows if row["axis"] is None and "skipped" not in row and not row["autocast"]]
+    backbones = {
+        key: [row for row in rows if (row["backbone"], row["batch_size"]) == key]
+        for key in dict.fromkeys((row["backbone"], row["batch_size"]) for row in rows)
+    }
+    if not backbones:
+        return
+    count = max(map(len, backbones.values()))
+    figure = Figure(figsize=(10, len(backbones) * (0.9 + 0.24 * count)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for (left, right), ((backbone, batch_size), found) in zip(
+        figure.subplots(len(backbones), 2, squeeze=False, sharey="row"), backbones.items()
+    ):
+        names = [row["method"] for row in found][::-1]
+        colors = ["#1b9e77" if name.startswith("S2A") else "#7570b3" for name in names]
+        peaks = [row["peak_bytes"] / MiB for row in found][::-1]
+        left.bar_label(left.barh(names, peaks, color=colors), [f" {peak:,.0f}" for peak in peaks], fontsize=8)
+        left.set(title=f"{backbone}, batch {batch_size}", xlabel="peak of a step, MiB")
+        times = [row["step_seconds"] for row in found][::-1]
+        spread = [
+            [time - min(row["all_step_seconds"]), max(row["all_step_seconds"]) - time]
+            for row, time in zip(found[::-1], times)
+        ]
+        bars = right.barh(names, times, xerr=np.array(spread).T, color=colors, ecolor="#555555")
+        right.bar_label(bars, [f" {time:.2f}" for time in times], fontsize=8)
+        right.set(xlabel="step, s")
+        for axes in (left, right):
+            axes.margins(x=0.15)
+            axes.tick_params(labelsize=8)
+            axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("backbones", nargs="*", default=list(BACKBONES), metavar="BACKBONE", help=", ".join(BACKBONES))
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "backbones", nargs="*", metavar="BACKBONE", help=f"only these of the preset: {', '.join(BACKBONES)}, ..."
+    )
+    parser.add_argument("--preset", default="main", choices=PRESETS)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="METHOD", help="instead of the preset's")
+    parser.add_argument("--batch-size", type=int, help="instead of the preset's")
+    parser.add_argument("--rounds", type=int, help="timed steps of each method, instead of the preset's")
+    parser.add_argument("--autocast", action="store_true", help="bfloat16 autocast everywhere")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--autocast", action="store_true", help="bfloat16 autocast")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
-    if unknown := set(args.backbones) - set(BACKBONES):
-        parser.error(f"unknown backbones {sorted(unknown)}; known: {sorted(BACKBONES)}")
+    preset = PRESETS[args.preset]
+    cases = [case for case in preset.cases if not args.backbones or case.backbone in args.backbones]
+    if unknown := set(args.backbones) - {case.backbone for case in preset.cases}:
+        parser.error(f"backbones {sorted(unknown)} are not in preset {args.preset}")
+    changes = {
+        "methods": args.methods and tuple(args.methods),
+        "batch_size": args.batch_size,
+        "autocast": args.autocast,
+    }
+    cases = [replace(case, **{name: value for name, value in changes.items() if value}) for case in cases]
+    rounds = args.rounds or preset.rounds
+    path = args.out or result_file("memory_and_speed", args.preset, args.device)
     warnings.filterwarnings("ignore")
-    rows = [row for backbone in args.backbones for row in measure(backbone, args)]
-    environment = describe_environment(args.device)
-    settings = {name: getattr(args, name) for name in ("batch_size", "rounds", "seed", "device", "autocast")}
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"memory_and_speed-{slug(environment['device'])}{'-bf16' if args.autocast else ''}.json"
-    path.write_text(json.dumps({"environment": environment, "settings": settings, "rows": rows}, indent=1) + "\n")
-    console = Console(width=140)
-    console.print(table_of(rows))
-    console.print(f"{environment['device']}, torch {environment['torch']}; written to {path}")
+    result: dict[str, Any] = {
+        "environment": describe_environment(args.device),
+        "settings": {"preset": args.preset, "rounds": rounds, "seed": args.seed, "device": args.device},
+        "rows": [],
+    }
+    for case in cases:
+        result["rows"] += measure(case, rounds, args.seed, args.device)
+        result["slopes"] = slopes(result["rows"])
+        write_result(path, result)  # after every case, so that a cut loses little
+    console = Console(width=150)
+    console.print(table_of(result["rows"]))
+    if result["slopes"]:
+        console.print(slopes_table(result["slopes"]))
+    plot(result["rows"], path.with_suffix(".png"))
+    console.print("{device}, torch {torch}".format(**result["environment"]), f"written to {path}")
 
 
 if __name__ == "__main__":

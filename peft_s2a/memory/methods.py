@@ -45,9 +45,22 @@ def _bias(model: nn.Module) -> nn.Module:
     return model
 
 
-def _lora(model: nn.Module) -> nn.Module:
+def lora(model: nn.Module, **settings: Any) -> nn.Module:
+    """PEFT's LoRA with r = 8 on `lora_targets`, and the task head. `settings` are further ones of `peft.LoraConfig`."""
     from peft import LoraConfig, get_peft_model
 
+    heads = _heads(model)
+    return get_peft_model(
+        model, LoraConfig(r=8, target_modules=lora_targets(model), modules_to_save=heads or None, **settings)
+    )
+
+
+def lora_targets(model: nn.Module) -> list[str]:
+    """Query and value projections, or all convolutions where there are none.
+
+    Raises:
+        ValueError: If the model has neither.
+    """
     from peft_s2a.tuners.targets import FUSED_NAMES, QUERY_NAMES, VALUE_NAMES
 
     heads = _heads(model)
@@ -58,10 +71,12 @@ def _lora(model: nn.Module) -> nn.Module:
     ] or [name for name, layer in layers if isinstance(layer, nn.Conv2d) and layer.groups == 1]
     if not targets:
         raise ValueError("the model has neither query and value projections nor convolutions")
-    return get_peft_model(model, LoraConfig(r=8, target_modules=targets, modules_to_save=heads or None))
+    return targets
 
 
-def _checkpointed(apply: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], nn.Module]:
+def checkpointed(apply: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], nn.Module]:
+    """The same with activations recomputed in the backward pass (non-reentrant). Raises ValueError on unsupported models."""
+
     def apply_checkpointed(model: nn.Module) -> nn.Module:
         if not getattr(model, "supports_gradient_checkpointing", False):
             raise ValueError(f"{type(model).__name__} does not support gradient checkpointing")
@@ -89,8 +104,8 @@ METHODS: dict[str, Method] = {
         Method("full", "all parameters", _full),
         Method("linear", "task head only", _linear),
         Method("bias", "biases (BitFit) and head", _bias),
-        Method("lora", "LoRA, r = 8 on q and v, or convolutions", _lora),
-        Method("lora+checkpointing", "LoRA, activations recomputed", _checkpointed(_lora)),
+        Method("lora", "LoRA, r = 8 on q and v, or convolutions", lora),
+        Method("lora+checkpointing", "LoRA, activations recomputed", checkpointed(lora)),
         Method("s2a", "bias, prompt and side", _s2a()),
         Method("s2a-bias", "S2A, bias only", _s2a(structures=("bias",))),
         Method("s2a-prompt", "S2A, prompt only", _s2a(structures=("prompt",))),
