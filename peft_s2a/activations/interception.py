@@ -6,7 +6,8 @@ other libraries and attention written inline alike, without a patch per model.
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from types import FunctionType
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
 
 from . import functional, products, shapes, structures
 from .config import ActivationQuantizationConfig
@@ -39,6 +40,13 @@ class OperatorMode(TorchFunctionMode):
 
     def __reduce__(self):
         return OperatorMode, (self.config, self.module_name)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Enters the mode in place of the surrounding module's: every mode in force costs time at every operator."""
+        outer = None if torch.compiler.is_compiling() else _get_current_function_mode()
+        with _pop_mode_temporarily() if isinstance(outer, OperatorMode) else nullcontext(), self:
+            yield
 
     def quantizer(self, kind: str) -> Quantizer:
         """The settings of operators of ``kind`` in this module."""

@@ -36,16 +36,15 @@ def quantized_prompt_attention(
     query: Tensor, key: Tensor, value: Tensor, gate: Tensor, num_heads: int, *, quantizer: Quantizer
 ) -> Tensor:
     """`gated_prompt_attention`; keeps b-bit queries (and their mean over tokens), and recomputes the rest in backward."""
-    key, value = _gated(query, key, value, gate, num_heads)
-    if not _recording(query, key, value):
-        return _prompt_attention(query, key, value)
-    return _PromptAttention.apply(query, key, value, quantizer)
+    if not _recording(query, key, value, gate):
+        return _prompt_attention(query, *_gated(query, key, value, gate, num_heads))
+    return _PromptAttention.apply(query, key, value, gate, num_heads, quantizer)
 
 
-def _gated(query: Tensor, key: Tensor, value: Tensor, gate: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
-    """Keys and gated values, [num_heads, prompts, d] in the dtype of `query`."""
+def _gated(like: Tensor, key: Tensor, value: Tensor, gate: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
+    """Keys and gated values, [num_heads, prompts, d] in the dtype of `like`."""
     key, value = (tokens.unflatten(-1, (num_heads, -1)).transpose(0, 1) for tokens in (key, value))
-    return key.to(query.dtype), (value * gate.tanh()[:, None, None]).to(query.dtype)
+    return key.to(like.dtype), (value * gate.tanh()[:, None, None]).to(like.dtype)
 
 
 def _with_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -61,18 +60,19 @@ def _prompt_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 class _PromptAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, quantizer):
-        heads = _with_heads(query, len(key))
-        codes = _encode_query(heads, quantizer)
-        ctx.save_for_backward(*codes, key, value)
-        ctx.quantizer, ctx.shape = quantizer, query.shape
-        return _prompt_attention(query, key, value)
+    def forward(ctx, query, key, value, gate, num_heads, quantizer):
+        codes = _encode_query(_with_heads(query, num_heads), quantizer)
+        ctx.save_for_backward(*codes, key, value, gate)
+        ctx.quantizer, ctx.shape, ctx.dtype = quantizer, query.shape, query.dtype
+        return _prompt_attention(query, *_gated(query, key, value, gate, num_heads))
 
     @staticmethod
     def backward(ctx, grad):
         _refuse_double_backward()
-        packed, scales, mean, key, value = ctx.saved_tensors
-        heads, _, dim = key.shape
+        packed, scales, mean, *parameters = ctx.saved_tensors
+        heads = packed.shape[1]
+        key, value = _gated(grad, *parameters, heads)
+        dim = key.shape[-1]
         query = ops.decode_groups(
             packed.flatten(0, 2), scales.flatten(0, 2), ctx.quantizer.bits, ctx.quantizer.group_size, dim, grad.dtype,
             ctx.quantizer.backend,
@@ -86,8 +86,20 @@ class _PromptAttention(torch.autograd.Function):
         d_scores = torch._softmax_backward_data(d_probabilities, probabilities, -1, grad.dtype).mul_(scale)
         d_key = (d_scores.transpose(-1, -2) @ query).sum(0)
         d_value = (probabilities.transpose(-1, -2) @ grad).sum(0)
-        d_query = torch.matmul(d_scores, key).transpose(1, 2).reshape(ctx.shape) if ctx.needs_input_grad[0] else None
-        return d_query, d_key, d_value, None
+        d_query = None
+        if ctx.needs_input_grad[0]:
+            d_query = torch.matmul(d_scores, key).transpose(1, 2).reshape(ctx.shape).to(ctx.dtype)
+        return d_query, *_ungated(d_key, d_value, *parameters), None, None
+
+
+def _ungated(
+    d_key: Tensor, d_value: Tensor, key: Tensor, value: Tensor, gate: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of `_gated`'s arguments, from those of its results."""
+    opening = gate.tanh()
+    d_key, d_value = (d.transpose(0, 1).flatten(1) for d in (d_key.to(key.dtype), d_value.to(value.dtype)))
+    d_gate = (d_value * value).sum(0).view(len(gate), -1).sum(1) * (1 - opening**2)
+    return d_key, d_value * opening.repeat_interleave(value.shape[1] // len(gate)), d_gate.to(gate.dtype)
 
 
 def add_low_rank(base: Tensor, hidden: Tensor, up: Tensor, scaling: float) -> Tensor:

@@ -80,7 +80,7 @@ def _quantized_class(stock: type[nn.Module]) -> type[nn.Module]:
         )
 
         def whole(*args, **kwargs):
-            with settings.operators:
+            with settings.operators.alone():
                 return stock.forward(self, *args, **kwargs)
 
         if settings.tile_dim is None or torch.compiler.is_compiling():

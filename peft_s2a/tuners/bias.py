@@ -100,7 +100,7 @@ class BiasLayer(S2ALayer):
         adapters = list(self.adapters_in_use())
         parameters, offset = self._adapted_parameters(adapters)
         if parameters:
-            output = functional_call(self.base_layer, parameters, args, kwargs)
+            output = _call_with(self.base_layer, parameters, args, kwargs)
         else:
             output = self.base_layer(*args, **kwargs)
         if offset is not None:
@@ -150,6 +150,21 @@ class BiasLayer(S2ALayer):
 
     def extra_repr(self) -> str:
         return f"adapters={self._all_available_adapter_names()}"
+
+
+def _call_with(
+    layer: nn.Module, parameters: dict[str, torch.Tensor], args: tuple, kwargs: dict[str, Any]
+) -> torch.Tensor:
+    """`torch.func.functional_call` for parameters of `layer` itself, without its look at everything the layer holds."""
+    own = layer._parameters
+    if torch.compiler.is_compiling() or not parameters.keys() <= own.keys():
+        return functional_call(layer, parameters, args, kwargs)
+    kept = {name: own[name] for name in parameters}
+    try:
+        own.update(parameters)
+        return layer(*args, **kwargs)
+    finally:
+        own.update(kept)
 
 
 def _sum(tensors: list[torch.Tensor]) -> torch.Tensor | None:

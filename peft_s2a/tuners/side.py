@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -118,6 +119,7 @@ class SideLayer(AttachedLayer):
         """Whether the host is a single linear or convolution layer."""
         return isinstance(self._host[0], BiasLayer)
 
+    @cached_property
     def _ends(self) -> tuple[nn.Module, nn.Module]:
         """(the layer that reads the branch's input, the layer whose output width is the branch's)."""
         entry = self._entry[0] if self._entry[0] is not None else self._host[0]
@@ -127,7 +129,7 @@ class SideLayer(AttachedLayer):
         self, adapter_name: str, *, rank: int, alpha: float, activation: str, init: str, init_weights: bool
     ) -> None:
         """Adds an adapter; the arguments are those of [`S2ASideConfig`]."""
-        first, last = self._ends()
+        first, last = self._ends
         like = self.reference_tensor()
         kernel_size = first.kernel_size if self.is_leaf and not isinstance(first, nn.Linear) else ()
         down = frozen_projection(first, (rank, input_width(first), *kernel_size), init)
@@ -177,10 +179,10 @@ class SideLayer(AttachedLayer):
 
     @property
     def _channels_last(self) -> bool:
-        return isinstance(self._ends()[0], nn.Linear)
+        return isinstance(self._ends[0], nn.Linear)
 
     def _project_down(self, x: torch.Tensor, y: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-        first, _ = self._ends()
+        first, _ = self._ends
         if isinstance(first, nn.Linear):
             hidden = F.linear(x, down)
             if hidden.shape[:-1] != y.shape[:-1]:
@@ -218,7 +220,7 @@ class SideLayer(AttachedLayer):
                 f"Adapter {adapter_name!r} has a side branch with an activation function, which no weight can hold, so it "
                 "cannot be merged. Keep the adapter separate, or train with `side_activation='linear'`."
             )
-        if getattr(self._ends()[0], "groups", 1) != 1:
+        if getattr(self._ends[0], "groups", 1) != 1:
             return (
                 f"Adapter {adapter_name!r} has a side branch beside a grouped convolution, whose weight cannot hold it, so "
                 "it cannot be merged. Keep the adapter separate, or leave grouped convolutions out with `exclude_modules`."
@@ -226,7 +228,7 @@ class SideLayer(AttachedLayer):
         return None
 
     def _merge_adapter(self, adapter_name: str, sign: int) -> dict[nn.Parameter, torch.Tensor]:
-        weight = self._ends()[0].weight
+        weight = self._ends[0].weight
         like = {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
         up, down = self.s2a_up[adapter_name].data.to(**like), self.s2a_down[adapter_name].to(**like)
         delta = (up @ down.flatten(1)).reshape(weight.shape) * self.scaling[adapter_name]

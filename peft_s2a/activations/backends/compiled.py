@@ -312,7 +312,7 @@ def attention_backward(
         room = grad.new_empty(threads * size, dtype=torch.float32)
         coded = [[part.contiguous() for part in parts] for parts in (query, key, value)]
         kernel(
-            _pointer(grad), (ctypes.c_long * 3)(*grad.stride()[:3]), 
+            _pointer(grad), (ctypes.c_long * 3)(*grad.stride()[:3]),
             *(ctypes.byref(_Coded(*map(_pointer, parts))) for parts in coded),
             _pointer(mask), (ctypes.c_long * 4)(*(mask.stride() if mask is not None else ())), int(is_causal),
             ctypes.c_float(scale), bits, *_long(group_size, samples, heads, length, keys, dim, value_dim),
