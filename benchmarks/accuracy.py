@@ -176,7 +176,7 @@ SETTINGS = {
         seeds=(0, 1, 2, 3, 4), methods={"fashion-mnist": tuple(METHODS), "digits": tuple(METHODS)},
     ),
     "medium": Setting(
-        image_size=56, train_images=400, validation_images=400, test_images=2000, epochs=6, batch_size=25,
+        image_size=56, train_images=300, validation_images=300, test_images=1500, epochs=5, batch_size=20,
         seeds=(0, 1, 2), methods={"fashion-mnist": MANY, "digits": FEW},
     ),
     "reduced": Setting(
