@@ -308,16 +308,16 @@ def _normalize(mode, input, p=2.0, dim=1, eps=1e-12, out=None):
     return products.normalize(input, eps, quantizer=mode.quantizer("norm"))
 
 
-@_handles(structures.gated_prompt_attention)
-def _prompt_attention(mode, query, key, value, gate, num_heads):
-    return structures.quantized_prompt_attention(
-        query, key, value, gate, num_heads, quantizer=mode.quantizer("attention")
+@_handles(structures.add_prompt_attention)
+def _add_prompt_attention(mode, attended, query, key, value, gate, num_heads):
+    return structures.quantized_add_prompt_attention(
+        attended, query, key, value, gate, num_heads, quantizer=mode.quantizer("attention")
     )
 
 
 @_handles(structures.add_low_rank)
-def _add_low_rank(mode, base, hidden, up, scaling):
-    return structures.quantized_add_low_rank(base, hidden, up, scaling, quantizer=mode.quantizer("linear"))
+def _add_low_rank(mode, base, hidden, up, scaling, activation=None):
+    return structures.quantized_add_low_rank(base, hidden, up, scaling, activation, quantizer=mode.quantizer("linear"))
 
 
 def _open(function: FunctionType) -> FunctionType:

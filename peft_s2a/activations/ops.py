@@ -125,3 +125,22 @@ def attention_backward(grad, query, key, value, mask, is_causal, scale, bits, gr
         for parts, d in ((query, dim), (key, dim), (value, grad.shape[3]))
     )
     return d_q, d_k, d_v, grad.new_empty(mask.shape if mask_wanted else (0,), dtype=math_dtype(grad.dtype))
+
+
+@_op("(Tensor attended, Tensor query, Tensor key, Tensor value, float scale, str backend) -> Tensor")
+def prompt_attention(attended, query, key, value, scale, backend):
+    """``attended + softmax(scale query key^T) value``: ``attended`` is ``[B, N, H * Ev]``, ``query`` ``[B, H, N, E]`` of any
+    strides, ``key`` and ``value`` ``[H, P, E]`` and ``[H, P, Ev]``, equal for all samples. The result is like ``attended``."""
+    return torch.empty_like(attended, memory_format=torch.contiguous_format)
+
+
+@_op(
+    "(Tensor grad, Tensor[] query, Tensor key, Tensor value, float scale, int bits, int group_size, str backend)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+def prompt_attention_backward(grad, query, key, value, scale, bits, group_size, backend):
+    """Gradients of `prompt_attention` for the query (``[B, N, H * E]``, dtype of ``grad``), keys and values (float32 or float64);
+    ``query`` are the three results of `encode_heads`."""
+    dtype, (heads, _, dim) = math_dtype(grad.dtype), key.shape
+    d_query = grad.new_empty(grad.shape[0], grad.shape[1], heads * dim)
+    return d_query, key.new_empty(key.shape, dtype=dtype), value.new_empty(value.shape, dtype=dtype)

@@ -4,41 +4,47 @@ The stock forms offer themselves to function modes as torch's own functions do, 
 them wherever a tuner's layer calls them inside a quantised module.
 """
 
-import math
-
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import ops
+from .activation_functions import activation_function
+from .backends import reference
 from .functional import Quantizer, _encode_query, _recording, _refuse_double_backward
 
 
-def gated_prompt_attention(query: Tensor, key: Tensor, value: Tensor, gate: Tensor, num_heads: int) -> Tensor:
-    """`tanh(gate) * softmax(q K_p^T / sqrt(d)) V_p`, per head (LLaMA-Adapter, Zhang et al. 2023, equations 4 to 8).
+def add_prompt_attention(
+    attended: Tensor, query: Tensor, key: Tensor, value: Tensor, gate: Tensor, num_heads: int
+) -> Tensor:
+    """`attended + tanh(gate) * softmax(q K_p^T / sqrt(d)) V_p`, per head (LLaMA-Adapter, Zhang et al. 2023, equations 4 to 8).
 
     Args:
+        attended: what the attention proper puts out, as many values as `query` in the same order.
         query: [..., tokens, num_heads * d].
         key, value: [prompts, num_heads * d].
         gate: [num_heads].
         num_heads: attention heads.
 
     Returns:
-        [..., tokens, num_heads * d] in the dtype of `query`.
+        Shape and dtype of `attended`.
     """
-    tensors = (query, key, value, gate)
+    tensors = (attended, query, key, value, gate)
     if has_torch_function(tensors):
-        return handle_torch_function(gated_prompt_attention, tensors, query, key, value, gate, num_heads)
-    return _prompt_attention(query, *_gated(query, key, value, gate, num_heads))
+        return handle_torch_function(
+            add_prompt_attention, tensors, attended, query, key, value, gate, num_heads=num_heads
+        )
+    heads = _with_heads(query, num_heads)
+    return reference.prompt_attention(attended, heads, *_gated(query, key, value, gate, num_heads), _scale(heads))
 
 
-def quantized_prompt_attention(
-    query: Tensor, key: Tensor, value: Tensor, gate: Tensor, num_heads: int, *, quantizer: Quantizer
+def quantized_add_prompt_attention(
+    attended: Tensor, query: Tensor, key: Tensor, value: Tensor, gate: Tensor, num_heads: int, *, quantizer: Quantizer
 ) -> Tensor:
-    """`gated_prompt_attention`; keeps b-bit queries (and their mean over tokens), and recomputes the rest in backward."""
-    if not _recording(query, key, value, gate):
-        return _prompt_attention(query, *_gated(query, key, value, gate, num_heads))
-    return _PromptAttention.apply(query, key, value, gate, num_heads, quantizer)
+    """`add_prompt_attention`; keeps b-bit queries (and their mean over tokens), and recomputes the rest in backward."""
+    if not _recording(attended, query, key, value, gate):
+        return add_prompt_attention(attended, query, key, value, gate, num_heads)
+    return _AddPromptAttention.apply(attended, query, key, value, gate, num_heads, quantizer)
 
 
 def _gated(like: Tensor, key: Tensor, value: Tensor, gate: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
@@ -52,44 +58,33 @@ def _with_heads(x: Tensor, num_heads: int) -> Tensor:
     return x.reshape(-1, *x.shape[-2:]).unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
-def _prompt_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    heads = _with_heads(query, len(key))
-    scores = heads @ key.transpose(-1, -2) * heads.shape[-1] ** -0.5
-    return (scores.softmax(-1) @ value).transpose(1, 2).reshape(query.shape)
+def _scale(heads: Tensor) -> float:
+    return heads.shape[-1] ** -0.5
 
 
-class _PromptAttention(torch.autograd.Function):
+class _AddPromptAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, gate, num_heads, quantizer):
-        codes = _encode_query(_with_heads(query, num_heads), quantizer)
-        ctx.save_for_backward(*codes, key, value, gate)
-        ctx.quantizer, ctx.shape, ctx.dtype = quantizer, query.shape, query.dtype
-        return _prompt_attention(query, *_gated(query, key, value, gate, num_heads))
+    def forward(ctx, attended, query, key, value, gate, num_heads, quantizer):
+        heads = _with_heads(query, num_heads)
+        ctx.save_for_backward(*_encode_query(heads, quantizer), key, value, gate)
+        ctx.quantizer, ctx.scale = quantizer, _scale(heads)
+        ctx.query_like = query.shape, query.dtype
+        rows = attended.reshape(heads.shape[0], heads.shape[2], -1)
+        gated = _gated(query, key, value, gate, num_heads)
+        return ops.prompt_attention(rows, heads, *gated, ctx.scale, quantizer.backend).view(attended.shape)
 
     @staticmethod
     def backward(ctx, grad):
         _refuse_double_backward()
         packed, scales, mean, *parameters = ctx.saved_tensors
-        heads = packed.shape[1]
-        key, value = _gated(grad, *parameters, heads)
-        dim = key.shape[-1]
-        query = ops.decode_groups(
-            packed.flatten(0, 2), scales.flatten(0, 2), ctx.quantizer.bits, ctx.quantizer.group_size, dim, grad.dtype,
-            ctx.quantizer.backend,
-        ).view(*packed.shape[:3], dim)  # fmt: skip
-        if mean.numel():
-            query += mean
-        scale = 1 / math.sqrt(dim)
-        grad = _with_heads(grad, heads)
-        probabilities = (query @ key.transpose(-1, -2) * scale).softmax(-1)
-        d_probabilities = grad @ value.transpose(-1, -2)
-        d_scores = torch._softmax_backward_data(d_probabilities, probabilities, -1, grad.dtype).mul_(scale)
-        d_key = (d_scores.transpose(-1, -2) @ query).sum(0)
-        d_value = (probabilities.transpose(-1, -2) @ grad).sum(0)
-        d_query = None
-        if ctx.needs_input_grad[0]:
-            d_query = torch.matmul(d_scores, key).transpose(1, 2).reshape(ctx.shape).to(ctx.dtype)
-        return d_query, *_ungated(d_key, d_value, *parameters), None, None
+        samples, heads, tokens, _ = packed.shape
+        shape, dtype = ctx.query_like
+        d_query, d_key, d_value = ops.prompt_attention_backward(
+            grad.reshape(samples, tokens, -1), [packed, scales, mean], *_gated(grad, *parameters, heads), ctx.scale,
+            ctx.quantizer.bits, ctx.quantizer.group_size, ctx.quantizer.backend,
+        )  # fmt: skip
+        d_query = d_query.view(shape).to(dtype) if ctx.needs_input_grad[1] else None
+        return grad, d_query, *_ungated(d_key, d_value, *parameters), None, None
 
 
 def _ungated(
@@ -102,56 +97,74 @@ def _ungated(
     return d_key, d_value * opening.repeat_interleave(value.shape[1] // len(gate)), d_gate.to(gate.dtype)
 
 
-def add_low_rank(base: Tensor, hidden: Tensor, up: Tensor, scaling: float) -> Tensor:
-    """`base + scaling * hidden @ up.T`, in one product that needs no room for the branch's output.
+def add_low_rank(base: Tensor, hidden: Tensor, up: Tensor, scaling: float, activation: str | None = None) -> Tensor:
+    """`base + scaling * f(hidden) @ up.T`, in one product that needs no room for the branch's output.
 
     Args:
         base: [..., width].
-        hidden: [..., rank], dtype of `base`.
+        hidden: [..., rank].
         up: [width, rank], dtype of `base`.
         scaling: a number.
+        activation: f, a key of `ACTIVATION_FUNCTIONS`; None: the identity.
     """
     tensors = (base, hidden, up)
     if has_torch_function(tensors):
-        return handle_torch_function(add_low_rank, tensors, base, hidden, up, scaling)
-    rows = base.reshape(-1, base.shape[-1])
-    return torch.addmm(rows, hidden.reshape(-1, hidden.shape[-1]), up.t(), alpha=scaling).view(base.shape)
+        return handle_torch_function(add_low_rank, tensors, base, hidden, up, scaling=scaling, activation=activation)
+    if activation is not None:
+        hidden = activation_function(activation).forward(hidden)
+    rows, hidden = (x.reshape(-1, x.shape[-1]) for x in (base, hidden.to(base.dtype)))
+    return torch.addmm(rows, hidden, up.t(), alpha=scaling).view(base.shape)
 
 
 def quantized_add_low_rank(
-    base: Tensor, hidden: Tensor, up: Tensor, scaling: float, *, quantizer: Quantizer
+    base: Tensor,
+    hidden: Tensor,
+    up: Tensor,
+    scaling: float,
+    activation: str | None = None,
+    *,
+    quantizer: Quantizer,
 ) -> Tensor:
-    """`add_low_rank`; keeps b-bit `hidden` for the gradient of `up`."""
+    """`add_low_rank`; keeps b-bit `hidden`, of which backward computes f and its derivative."""
     if not _recording(base, hidden, up):
-        return add_low_rank(base, hidden, up, scaling)
-    return _AddLowRank.apply(base, hidden, up, scaling, quantizer)
+        return add_low_rank(base, hidden, up, scaling, activation)
+    return _AddLowRank.apply(base, hidden, up, scaling, activation, quantizer)
 
 
 class _AddLowRank(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, base, hidden, up, scaling, quantizer):
+    def forward(ctx, base, hidden, up, scaling, activation, quantizer):
         kept = (None, None)
-        if ctx.needs_input_grad[2]:
+        if ctx.needs_input_grad[2] or (ctx.needs_input_grad[1] and activation is not None):
             rows = hidden.reshape(-1, hidden.shape[-1])
             kept = ops.encode_groups(
                 rows, quantizer.bits, quantizer.group_size, quantizer.draw_seed(), quantizer.backend
             )
         ctx.save_for_backward(*kept, up)
-        ctx.scaling, ctx.quantizer, ctx.hidden_shape = scaling, quantizer, hidden.shape
-        return add_low_rank(base, hidden, up, scaling)
+        ctx.scaling, ctx.activation, ctx.quantizer = scaling, activation, quantizer
+        ctx.hidden_like = hidden.shape, hidden.dtype
+        return add_low_rank(base, hidden, up, scaling, activation)
 
     @staticmethod
     def backward(ctx, grad):
         _refuse_double_backward()
         packed, scales, up = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])
-        d_hidden = d_up = None
-        if ctx.needs_input_grad[1]:
-            d_hidden = (rows @ up).mul_(ctx.scaling).view(ctx.hidden_shape)
-        if ctx.needs_input_grad[2]:
-            hidden = ops.decode_groups(
+        hidden = activated = d_hidden = d_up = None
+        if packed is not None:
+            hidden = activated = ops.decode_groups(
                 packed, scales, ctx.quantizer.bits, ctx.quantizer.group_size, up.shape[1], grad.dtype,
                 ctx.quantizer.backend,
             )  # fmt: skip
-            d_up = (rows.t() @ hidden).mul_(ctx.scaling)
-        return grad, d_hidden, d_up, None, None
+        if ctx.activation is not None:
+            with torch.enable_grad():
+                activated = activation_function(ctx.activation).forward(hidden.requires_grad_())
+        if ctx.needs_input_grad[1]:
+            d_hidden = (rows @ up).mul_(ctx.scaling)
+            if ctx.activation is not None:
+                (d_hidden,) = torch.autograd.grad(activated, hidden, d_hidden)
+            shape, dtype = ctx.hidden_like
+            d_hidden = d_hidden.view(shape).to(dtype)
+        if ctx.needs_input_grad[2]:
+            d_up = (rows.t() @ activated.detach()).mul_(ctx.scaling)
+        return grad, d_hidden, d_up, None, None, None

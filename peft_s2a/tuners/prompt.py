@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peft_s2a.activations.structures import gated_prompt_attention
+from peft_s2a.activations.structures import add_prompt_attention
 from peft_s2a.tuners.layer import AttachedLayer, first_tensor, with_first_tensor
 
 
@@ -94,10 +94,9 @@ class PromptLayer(_PromptBase):
                 "`exclude_modules`, or train without the 'prompt' structure."
             )
         for name in adapters:
-            prompts = gated_prompt_attention(
-                query, self.s2a_key[name], self.s2a_value[name], self.s2a_gate[name], self.num_heads
+            attended = add_prompt_attention(
+                attended, query, self.s2a_key[name], self.s2a_value[name], self.s2a_gate[name], self.num_heads
             )
-            attended = attended + prompts.reshape(attended.shape).to(attended.dtype)
         return with_first_tensor(args, kwargs, attended)
 
 

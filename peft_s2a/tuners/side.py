@@ -164,15 +164,15 @@ class SideLayer(AttachedLayer):
         """`y + s * U f(D x)` in the dtype of y. Weights are cast to the input's dtype, never the input to theirs."""
         up = self.s2a_up[adapter_name].to(y.dtype)
         hidden = self._project_down(x, y, self.s2a_down[adapter_name].to(x.dtype))
-        if self.has_activation[adapter_name]:
-            hidden = self.activation(hidden)
-        hidden = hidden.to(y.dtype)
-        scaling = self.scaling[adapter_name]
+        scaling, has_activation = self.scaling[adapter_name], self.has_activation[adapter_name]
         if self._channels_last:
             # Autocast would round y.
             device = y.device.type
             with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
-                return add_low_rank(y, hidden, up, scaling)
+                return add_low_rank(y, hidden, up, scaling, "gelu" if has_activation else None)
+        if has_activation:
+            hidden = self.activation(hidden)
+        hidden = hidden.to(y.dtype)
         convolution = F.conv1d if y.dim() == 3 else F.conv2d
         kernel = (up * scaling).reshape(*up.shape, *[1] * (y.dim() - 2))
         return y + convolution(hidden, kernel)

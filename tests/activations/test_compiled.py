@@ -157,6 +157,38 @@ class TestAttention:
             size = their.abs().amax().item() if their.numel() else 0
             assert torch.allclose(our.float(), their, rtol=bound, atol=bound * (1 + size))
 
+    @settings(max_examples=40, deadline=None)
+    @given(
+        **CASES,
+        samples=st.integers(0, 2),
+        heads=st.integers(1, 3),
+        length=st.integers(0, 210),
+        prompts=st.integers(1, 20),
+        dim=st.integers(1, 70),
+        value_dim=st.integers(1, 70),
+    )
+    def test_prompts(self, dtype, bits, seed, samples, heads, length, prompts, dim, value_dim):
+        query = random((samples, length, heads, dim), dtype, seed).transpose(1, 2)
+        attended, grad = (random((samples, length, heads * value_dim), dtype, seed + i) for i in (1, 2))
+        key, value = (
+            random((heads, prompts, dim), dtype, seed + 3),
+            random((heads, prompts, value_dim), dtype, seed + 4),
+        )
+        wide = [x.float() for x in (attended, query, key, value)]
+        our, their = (
+            compiled.prompt_attention(attended, query, key, value, 0.1),
+            reference.prompt_attention(*wide, 0.1),
+        )
+        bound = 1e-5 if dtype == torch.float32 else 1e-2
+        assert our.dtype == dtype and torch.allclose(our.float(), their, rtol=bound, atol=bound)
+        coded = list(reference.encode_heads(query, bits, 16, True, True, None))
+        ours = compiled.prompt_attention_backward(grad, coded, key, value, 0.1, bits, 16)
+        theirs = reference.prompt_attention_backward(grad.float(), coded, *wide[2:], 0.1, bits, 16)
+        for our, their in zip(ours, theirs):
+            size = their.abs().amax().item() if their.numel() else 0
+            assert our.shape == their.shape
+            assert torch.allclose(our.float(), their, rtol=10 * bound, atol=10 * bound * (1 + size))
+
     def test_long_sequences_are_taken_in_tiles_of_queries(self):
         tensors = [random((1, 2, 700, d), torch.float32, d) for d in (24, 24, 48)]
         coded = [list(reference.encode_heads(x, 4, 16, True, i == 0, None)) for i, x in enumerate(tensors)]

@@ -7,9 +7,9 @@ from torch.nn.functional import cosine_similarity
 from peft_s2a.activations.functional import Quantizer
 from peft_s2a.activations.structures import (
     add_low_rank,
-    gated_prompt_attention,
+    add_prompt_attention,
     quantized_add_low_rank,
-    quantized_prompt_attention,
+    quantized_add_prompt_attention,
 )
 
 
@@ -25,19 +25,24 @@ def _gradients(function, inputs: list[torch.Tensor]) -> tuple[torch.Tensor, list
 
 CASES = {
     "prompt": (
-        [(3, 11, 24), (5, 24), (5, 24), (4,)],
-        lambda *x: gated_prompt_attention(*x, 4),
-        lambda quantizer: lambda *x: quantized_prompt_attention(*x, 4, quantizer=quantizer),
+        [(3, 11, 24), (3, 11, 24), (5, 24), (5, 24), (4,)],
+        lambda *x: add_prompt_attention(*x, 4),
+        lambda quantizer: lambda *x: quantized_add_prompt_attention(*x, 4, quantizer=quantizer),
     ),
     "prompt over windows": (
-        [(2, 3, 7, 12), (4, 12), (4, 12), (2,)],
-        lambda *x: gated_prompt_attention(*x, 2),
-        lambda quantizer: lambda *x: quantized_prompt_attention(*x, 2, quantizer=quantizer),
+        [(6, 7, 12), (2, 3, 7, 12), (4, 12), (4, 12), (2,)],
+        lambda *x: add_prompt_attention(*x, 2),
+        lambda quantizer: lambda *x: quantized_add_prompt_attention(*x, 2, quantizer=quantizer),
     ),
     "side": (
         [(3, 11, 24), (3, 11, 7), (24, 7)],
         lambda *x: add_low_rank(*x, 0.5),
         lambda quantizer: lambda *x: quantized_add_low_rank(*x, 0.5, quantizer=quantizer),
+    ),
+    "side with activation": (
+        [(3, 11, 24), (3, 11, 7), (24, 7)],
+        lambda *x: add_low_rank(*x, 0.5, "gelu"),
+        lambda quantizer: lambda *x: quantized_add_low_rank(*x, 0.5, "gelu", quantizer=quantizer),
     ),
 }
 

@@ -11,7 +11,8 @@ from saved import saved_tensors
 from torch import nn
 
 from peft_s2a import S2APromptConfig
-from peft_s2a.tuners.prompt import InputPromptLayer, PromptLayer, gated_prompt_attention
+from peft_s2a.activations.structures import add_prompt_attention
+from peft_s2a.tuners.prompt import InputPromptLayer, PromptLayer
 
 
 def by_loops(query, key, value, gate, num_heads):
@@ -33,21 +34,23 @@ def test_gated_attention_is_the_formula(shape, num_heads, prompts):
     query = torch.randn(shape, dtype=torch.double)
     key, value = torch.randn(2, prompts, 8, dtype=torch.double)
     gate = torch.randn(num_heads, dtype=torch.double)
-    actual = gated_prompt_attention(query, key, value, gate, num_heads)
-    torch.testing.assert_close(actual, by_loops(query, key, value, gate, num_heads))
+    attended = torch.randn_like(query)
+    actual = add_prompt_attention(attended, query, key, value, gate, num_heads)
+    torch.testing.assert_close(actual, attended + by_loops(query, key, value, gate, num_heads))
 
 
 def test_gradients_of_the_gated_attention():
     tensors = [
-        torch.randn(shape, dtype=torch.double, requires_grad=True) for shape in ((2, 3, 4), (5, 4), (5, 4), (2,))
+        torch.randn(shape, dtype=torch.double, requires_grad=True)
+        for shape in ((2, 3, 4), (2, 3, 4), (5, 4), (5, 4), (2,))
     ]
-    torch.autograd.gradcheck(lambda *args: gated_prompt_attention(*args, num_heads=2), tensors)
+    torch.autograd.gradcheck(lambda *args: add_prompt_attention(*args, num_heads=2), tensors)
 
 
 def test_open_gates_start_to_learn_behind_a_closed_one():
     query, key, value = torch.randn(2, 3, 4), torch.randn(5, 4), torch.randn(5, 4)
     gate = torch.zeros(2, requires_grad=True)
-    output = gated_prompt_attention(query, key, value, gate, num_heads=2)
+    output = add_prompt_attention(torch.zeros_like(query), query, key, value, gate, num_heads=2)
     assert not output.any()
     output.sum().backward()
     assert gate.grad.all()

@@ -319,3 +319,42 @@ def attention_backward(
             _pointer(d_query), _pointer(d_key), _pointer(d_value), _pointer(room), threads,
         )  # fmt: skip
     return d_query, d_key, d_value, grad.new_empty(0, dtype=torch.float32)
+
+
+def prompt_attention(attended: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    kernel = _kernel("prompt_attention", query.dtype)
+    if kernel is None or attended.dtype != query.dtype:
+        return reference.prompt_attention(attended, query, key, value, scale)
+    attended = attended.contiguous()
+    query = query if query.stride(3) == 1 else query.contiguous()
+    key, value = (tokens.to(torch.float32).contiguous() for tokens in (key, value))
+    out = torch.empty_like(attended)
+    if out.numel():
+        samples, heads, length, dim = query.shape
+        kernel(
+            _pointer(attended), _pointer(query), (ctypes.c_long * 3)(*query.stride()[:3]), _pointer(key), _pointer(value),
+            ctypes.c_float(scale), *_long(samples, heads, length, key.shape[1], dim, value.shape[2]), _pointer(out),
+            torch.get_num_threads(),
+        )  # fmt: skip
+    return out
+
+
+def prompt_attention_backward(
+    grad: Tensor, query: list[Tensor], key: Tensor, value: Tensor, scale: float, bits: int, group_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernel = _kernel("prompt_attention_backward", grad.dtype)
+    if kernel is None:
+        return reference.prompt_attention_backward(grad, query, key, value, scale, bits, group_size)
+    grad, *query = (part.contiguous() for part in (grad, *query))
+    key, value = (tokens.to(torch.float32).contiguous() for tokens in (key, value))
+    samples, heads, length, _ = query[0].shape
+    _, prompts, dim = key.shape
+    d_query = grad.new_empty(samples, length, heads * dim)
+    d_key, d_value = torch.zeros_like(key), torch.zeros_like(value)
+    if grad.numel():
+        kernel(
+            _pointer(grad), ctypes.byref(_Coded(*map(_pointer, query))), _pointer(key), _pointer(value),
+            ctypes.c_float(scale), bits, *_long(group_size, samples, heads, length, prompts, dim, value.shape[2]),
+            _pointer(d_query), _pointer(d_key), _pointer(d_value), torch.get_num_threads(),
+        )  # fmt: skip
+    return d_query, d_key, d_value

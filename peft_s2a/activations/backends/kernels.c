@@ -689,4 +689,104 @@ EXPORT void NAME(attention_backward)(const T *grad, const long *grad_strides, co
     }
 }
 
+#define PROMPT_ROWS 96
+
+/* out[b, n, h, :] = attended + softmax(scale q key[h]^T) value[h], with q[b, h, n, :] at b * strides[0] + h * strides[1] +
+ * n * strides[2]; attended and out are [B, N, H, D]. */
+EXPORT void NAME(prompt_attention)(const T *attended, const T *query, const long *strides, const float *key,
+                                   const float *value, float scale, long samples, long heads, long length, long prompts,
+                                   long dim, long value_dim, T *out, int threads) {
+    long s = PAD16(prompts), ev = PAD16(value_dim);
+#pragma omp parallel num_threads(threads)
+    {
+        float *kt = malloc((dim * s + prompts * ev + PROMPT_ROWS * (dim + s + ev)) * sizeof(float));
+        float *v = kt + dim * s, *q = v + prompts * ev, *p = q + PROMPT_ROWS * dim, *o = p + PROMPT_ROWS * s;
+        memset(kt, 0, (dim * s + prompts * ev) * sizeof(float));
+#pragma omp for schedule(static)
+        for (long head = 0; head < samples * heads; head++) {
+            long b = head / heads, h = head % heads;
+            transpose(key + h * prompts * dim, prompts, dim, dim, kt, s);
+            for (long j = 0; j < prompts; j++)
+                memcpy(v + j * ev, value + (h * prompts + j) * value_dim, value_dim * sizeof(float));
+            for (long start = 0; start < length; start += PROMPT_ROWS) {
+                long rows = MIN(PROMPT_ROWS, length - start);
+                for (long i = 0; i < rows; i++) {
+                    const T *from = query + b * strides[0] + h * strides[1] + (start + i) * strides[2];
+                    for (long j = 0; j < dim; j++) q[i * dim + j] = LOAD(from[j]) * scale;
+                }
+                product(rows, s, dim, q, dim, 1, kt, s, p, s, 0);
+                for (long i = 0; i < rows; i++) softmax_row(p + i * s, prompts);
+                product(rows, ev, prompts, p, s, 1, v, ev, o, ev, 0);
+                for (long i = 0; i < rows; i++) {
+                    long at = ((b * length + start + i) * heads + h) * value_dim;
+                    for (long j = 0; j < value_dim; j++) out[at + j] = STORE(LOAD(attended[at + j]) + o[i * ev + j]);
+                }
+            }
+        }
+        free(kt);
+    }
+}
+
+/* Gradients of `prompt_attention` for the query ([B, N, H, D]), keys and values ([H, P, D]); grad is [B, N, H, D]. */
+EXPORT void NAME(prompt_attention_backward)(const T *grad, const Coded *query, const float *key, const float *value,
+                                            float scale, int bits, long group, long samples, long heads, long length,
+                                            long prompts, long dim, long value_dim, T *d_query, float *d_key,
+                                            float *d_value, int threads) {
+    long s = PAD16(prompts), e = PAD16(dim), ev = PAD16(value_dim);
+    long width = packed_width(dim, bits), stride = scales_width((dim + group - 1) / group);
+    long keys = heads * prompts * e, values = heads * prompts * ev; /* of one thread's sums */
+    float *sums = calloc(threads * (keys + values), sizeof(float));
+#pragma omp parallel num_threads(threads)
+    {
+        long thread = 0;
+#ifdef _OPENMP
+        thread = omp_get_thread_num();
+#endif
+        long size = (dim + value_dim) * s + prompts * e + PROMPT_ROWS * (2 * e + ev + 2 * s);
+        float *kt = malloc(size * sizeof(float) + dim), *vt = kt + dim * s, *k = vt + value_dim * s, *q = k + prompts * e;
+        float *dq = q + PROMPT_ROWS * e, *dout = dq + PROMPT_ROWS * e, *p = dout + PROMPT_ROWS * ev, *ds = p + PROMPT_ROWS * s;
+        uint8_t *codes = (uint8_t *)(ds + PROMPT_ROWS * s);
+        memset(kt, 0, size * sizeof(float));
+#pragma omp for schedule(static)
+        for (long head = 0; head < samples * heads; head++) {
+            long b = head / heads, h = head % heads;
+            float *dk = sums + thread * (keys + values) + h * prompts * e, *dv = sums + thread * (keys + values) + keys + h * prompts * ev;
+            transpose(key + h * prompts * dim, prompts, dim, dim, kt, s);
+            transpose(value + h * prompts * value_dim, prompts, value_dim, value_dim, vt, s);
+            for (long j = 0; j < prompts; j++) memcpy(k + j * e, key + (h * prompts + j) * dim, dim * sizeof(float));
+            for (long start = 0; start < length; start += PROMPT_ROWS) {
+                long rows = MIN(PROMPT_ROWS, length - start), first = head * length + start;
+                decode_head(query->packed + first * width, query->scales + first * stride,
+                            query->mean ? query->mean + head * dim : NULL, rows, dim, bits, group, scale, codes, q);
+                for (long i = 0; i < rows; i++)
+                    for (long j = 0; j < value_dim; j++)
+                        dout[i * ev + j] = LOAD(grad[((b * length + start + i) * heads + h) * value_dim + j]);
+                product(rows, s, dim, q, e, 1, kt, s, p, s, 0);
+                product(rows, s, value_dim, dout, ev, 1, vt, s, ds, s, 0);
+                for (long i = 0; i < rows; i++) {
+                    softmax_row(p + i * s, prompts);
+                    softmax_row_backward(p + i * s, ds + i * s, s);
+                }
+                product(rows, e, prompts, ds, s, 1, k, e, dq, e, 0);
+                for (long i = 0; i < rows; i++)
+                    for (long j = 0; j < dim; j++)
+                        d_query[((b * length + start + i) * heads + h) * dim + j] = STORE(dq[i * e + j] * scale);
+                product(prompts, e, rows, ds, 1, s, q, e, dk, e, 1);
+                product(prompts, ev, rows, p, 1, s, dout, ev, dv, ev, 1);
+            }
+        }
+        free(kt);
+    }
+    for (long j = 0; j < heads * prompts; j++) {
+        for (long i = 0; i < dim; i++) d_key[j * dim + i] = 0;
+        for (long i = 0; i < value_dim; i++) d_value[j * value_dim + i] = 0;
+        for (long thread = 0; thread < threads; thread++) {
+            const float *from = sums + thread * (keys + values);
+            for (long i = 0; i < dim; i++) d_key[j * dim + i] += from[j * e + i];
+            for (long i = 0; i < value_dim; i++) d_value[j * value_dim + i] += from[keys + j * ev + i];
+        }
+    }
+    free(sums);
+}
+
 #endif

@@ -131,3 +131,27 @@ def attention_backward(
 
     shapes = tuple((*parts[0].shape[:3], d) for parts, d in zip(coded, dims))
     return attention.attention_backward(grad, decode, shapes, mask, is_causal, scale, mask_wanted)
+
+
+def prompt_attention(attended: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    scores = query @ key.transpose(-1, -2) * scale
+    prompts = (scores.softmax(-1) @ value).transpose(1, 2)
+    return attended + prompts.reshape(attended.shape).to(attended.dtype)
+
+
+def prompt_attention_backward(
+    grad: Tensor, query: list[Tensor], key: Tensor, value: Tensor, scale: float, bits: int, group_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    packed, scales, mean = query
+    samples, heads, tokens, _ = packed.shape
+    dtype = codec.math_dtype(grad.dtype)
+    key, value, dim = key.to(dtype), value.to(dtype), key.shape[-1]
+    q = codec.decode_groups(packed.flatten(0, 2), scales.flatten(0, 2), bits, group_size, dim, dtype)
+    q = q.view(samples, heads, tokens, dim)
+    if mean.numel():
+        q = q + mean
+    d_out = grad.to(dtype).view(samples, tokens, heads, value.shape[-1]).transpose(1, 2)
+    p = (q @ key.transpose(-1, -2) * scale).softmax(-1)
+    d_s = torch._softmax_backward_data(d_out @ value.transpose(-1, -2), p, -1, dtype).mul_(scale)
+    d_query = (d_s @ key).transpose(1, 2).flatten(2).to(grad.dtype)
+    return d_query, (d_s.transpose(-1, -2) @ q).sum(0), (p.transpose(-1, -2) @ d_out).sum(0)
