@@ -5,17 +5,20 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# Triton's kernels run in its interpreter where there is no GPU. It has to know before anything imports it, as PEFT does.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # transformers imports torchvision wherever it is installed, and torchvision's wheels refuse to be imported beside a CPU-only
 # torch, which lacks the two operators that they only describe. So timm and torchvision live in a folder of their own
 # (the Makefile's), and the operators are declared before anything imports them.
 TIMM_FOLDER = Path(sys.prefix) / "timm"
 if TIMM_FOLDER.is_dir():
-    import torch
-
     sys.path.append(str(TIMM_FOLDER))
     try:
         torch.ops.torchvision.nms  # noqa: B018
@@ -28,6 +31,4 @@ if TIMM_FOLDER.is_dir():
 @pytest.fixture(autouse=True)
 def _fixed_seed():
     """Random inputs are the same in every run, whichever tests run before."""
-    import torch
-
     torch.manual_seed(20250316)

@@ -28,7 +28,7 @@ def _calls():
     }
 
 
-@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("backend", ["reference", "auto", "triton"])
 @pytest.mark.parametrize("name", _calls())
 def test_schema_and_fake_implementation_match_the_real_one(name, backend):
     torch.library.opcheck(
