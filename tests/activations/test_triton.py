@@ -235,6 +235,36 @@ class TestAttention:
             assert torch.equal(ours, theirs)
 
 
+class TestPrompts:
+    """Attention to prompts, close to the reference in float64 as that of other tokens is."""
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize(
+        ("bits", "group", "sizes"),
+        [(4, 16, (2, 3, 70, 8, 24, 40)), (3, 32, (1, 2, 5, 1, 8, 5)), (8, 7, (2, 1, 33, 20, 30, 30))],
+    )
+    def test_results_and_gradients_are_the_references(self, dtype, bits, group, sizes):
+        samples, heads, length, count, dim, value_dim = sizes
+        query = random((samples, length, heads, dim), dtype, 0).transpose(1, 2)
+        attended, grad = (random((samples, length, heads * value_dim), dtype, seed) for seed in (1, 2))
+        key, value = (random((heads, count, d), torch.float32, 3) for d in (dim, value_dim))
+        coded = list(reference.encode_heads(query, bits, group, True, True, None))
+        results = []
+        for backend, kind in ((triton, dtype), (reference, dtype), (reference, torch.float64)):
+            tokens = key.to(kind), value.to(kind), 0.4
+            results.append(
+                [
+                    backend.prompt_attention(attended.to(kind), query.to(kind), *tokens),
+                    *backend.prompt_attention_backward(grad.to(kind), coded, *tokens, bits, group),
+                ]
+            )
+        for our, their, truth in zip(*results):
+            assert our.shape == their.shape and our.dtype == their.dtype
+            error, allowed = ((x.double() - truth).norm() for x in (our, their))
+            # the reference's gradients are computed in float32, the kernels' products in the gradients' dtype
+            assert error <= 4 * allowed + (1e-6 if dtype == torch.float32 else 2 * ULP[dtype]) * truth.norm()
+
+
 def run(script: str, **environment: str | None) -> None:
     """Run a script in a fresh process; a variable of None is removed from its environment."""
     environment = {**os.environ, **environment}
@@ -335,6 +365,9 @@ def test_kernels_compile_for_a_gpu_and_not_again_for_a_smaller_batch(tmp_path):
                 ours.decode_groups(key[0].flatten(0, 2), key[1].flatten(0, 2), bits, 16, 32, dtype)
                 mask = torch.randn(1, 4, 49, 49) if bits == 4 else None
                 ours.attention_backward(heads, query, key, key, mask, bits == 3, 0.2, bits, 16, 32, False)
+                key = torch.randn(4, 8, 32)
+                ours.prompt_attention(x, heads, key, key, 0.2)
+                ours.prompt_attention_backward(x, query, key, key, 0.2, bits, 16)
             ours.encode_levels(torch.rand(128 * samples), levels, bits, samples)
 
         step(samples=6)

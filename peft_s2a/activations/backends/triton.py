@@ -215,6 +215,11 @@ def encode_heads(
     return packed.view(samples, heads, tokens, -1), scales.view(samples, heads, tokens, -1), kept
 
 
+def _precision(dtype: torch.dtype) -> str:
+    """How products of float32 are computed: as PyTorch's own."""
+    return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+
+
 def attention_backward(
     grad: Tensor,
     query: list[Tensor],
@@ -247,7 +252,6 @@ def attention_backward(
         kind = 1 if mask.dtype == torch.bool else 2
         mask = mask.view(torch.uint8) if kind == 1 else mask
         strides = tuple(stride if size > 1 else 0 for stride, size in zip(mask.stride(), mask.shape))
-    tf32 = grad.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
     arguments = (
         heads, length, keys, scale, min(triton.next_power_of_2(max(length, keys)), 1024), *grad.stride(),
         *strides,
@@ -255,7 +259,7 @@ def attention_backward(
     constants = {
         "BITS": bits, "Q_DIM": dim, **q_slots, "V_DIM": value_dim, **v_slots, "Q_MEAN": query[2].numel() > 0,
         "K_MEAN": key[2].numel() > 0, "V_MEAN": value[2].numel() > 0, "MASK": kind, "CAUSAL": is_causal,
-        "PRECISION": "tf32" if tf32 else "ieee",
+        "PRECISION": _precision(grad.dtype),
     }  # fmt: skip
     _launch(
         kernels.attention_queries, lambda meta: (samples * heads * triton.cdiv(length, meta["QUERIES"]),),
@@ -266,3 +270,50 @@ def attention_backward(
         grad, *coded, query[0] if mask is None else mask, d_key, d_value, log_sums, deltas, *arguments, **constants,
     )  # fmt: skip
     return d_query, d_key, d_value, grad.new_empty(0, dtype=torch.float32)
+
+
+def _prompt_slots(count: int, group_size: int, dim: int, value_dim: int) -> dict[str, int] | None:
+    """How ``count`` prompts and heads are laid out; None where they are too large."""
+    slots = {**_slots(dim, group_size, "Q_", _LEAST_DOT), **_slots(value_dim, value_dim, "V_", _LEAST_DOT)}
+    slots["PROMPTS"] = max(triton.next_power_of_2(count), _LEAST_DOT)
+    return slots if max(slots["Q_SLOTS"], slots["V_SLOTS"], slots["PROMPTS"]) <= _MAX_HEAD_SLOTS else None
+
+
+def prompt_attention(attended: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    samples, heads, length, dim = query.shape
+    value_dim = value.shape[2]
+    slots = _prompt_slots(key.shape[1], dim, dim, value_dim)
+    if query.dtype not in _DTYPES or attended.dtype not in _DTYPES or not attended.numel() * key.numel() or not slots:
+        return reference.prompt_attention(attended, query, key, value, scale)
+    out = torch.empty_like(attended, memory_format=torch.contiguous_format)
+    _launch(
+        kernels.prompt_attention, lambda meta: (samples * heads * triton.cdiv(length, meta["QUERIES"]),),
+        attended.contiguous(), query, key.contiguous(), value.contiguous(), out, samples, heads, length, key.shape[1],
+        scale, *query.stride(),
+        Q_DIM=dim, Q_SLOTS=slots["Q_SLOTS"], V_DIM=value_dim, V_SLOTS=slots["V_SLOTS"], PROMPTS=slots["PROMPTS"],
+        PRECISION=_precision(query.dtype),
+    )  # fmt: skip
+    return out
+
+
+def prompt_attention_backward(
+    grad: Tensor, query: list[Tensor], key: Tensor, value: Tensor, scale: float, bits: int, group_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    samples, heads, length, _ = query[0].shape
+    _, count, dim = key.shape
+    value_dim = value.shape[2]
+    slots = _prompt_slots(count, group_size, dim, value_dim)
+    if grad.dtype not in _DTYPES or not grad.numel() * key.numel() or not slots:
+        return reference.prompt_attention_backward(grad, query, key, value, scale, bits, group_size)
+    grad, packed, scales, mean = (part.contiguous() for part in (grad, *query))
+    d_query = grad.new_empty(samples, length, heads * dim)
+    shares = min(-(-_programs(grad.device) // heads), samples * length)  # programs a head
+    d_key, d_value = (grad.new_empty(shares, heads, count, d, dtype=torch.float32) for d in (dim, value_dim))
+    _launch(
+        kernels.prompt_attention_backward, (shares * heads,),
+        grad, packed, scales, mean if mean.numel() else packed, key.contiguous(), value.contiguous(), d_query, d_key,
+        d_value, samples, heads, length, count, scale,
+        BITS=bits, Q_DIM=dim, V_DIM=value_dim, Q_MEAN=mean.numel() > 0, PRECISION=_precision(grad.dtype),
+        **{name: size for name, size in slots.items() if name not in ("V_GROUP", "V_GROUP_SLOTS")},
+    )  # fmt: skip
+    return d_query, d_key.sum(0), d_value.sum(0)

@@ -640,3 +640,100 @@ def attention_keys(
     tl.store(d_value + (at * V_DIM)[:, None] + feature[None, :], d_v.to(dtype), mask=there & real[None, :])
     feature, real = _elements(Q_DIM, Q_GROUP, Q_GROUP_SLOTS, Q_SLOTS)
     tl.store(d_key + (at * Q_DIM)[:, None] + feature[None, :], (d_k * scale).to(dtype), mask=there & real[None, :])
+
+
+# ---- attention to prompts: keys and values of their own for every head, the same for all samples and queries
+
+_PROMPT_TILES = (_config(4, QUERIES=64), _config(4, QUERIES=32), _config(8, QUERIES=128))
+
+
+@triton.jit
+def _prompts(
+    tokens, head, count, feature, real, COUNT: tl.constexpr, DIM: tl.constexpr
+):  # fmt: skip
+    """The keys or values of a head's prompts (``[COUNT, len(feature)]``), 0 beyond ``count``."""
+    prompt = tl.arange(0, COUNT)
+    at = (head * count + prompt)[:, None] * DIM + feature[None, :]
+    return tl.load(tokens + at, mask=(prompt < count)[:, None] & real[None, :], other=0)
+
+
+@triton.jit
+def _attention_to(q, key, count, scale, PROMPTS: tl.constexpr, PRECISION: tl.constexpr):
+    """Probabilities (float32 ``[len(q), PROMPTS]``) of ``count`` prompts."""
+    scores = _dot(q, tl.trans(key), PRECISION) * scale
+    scores = tl.where((tl.arange(0, PROMPTS) < count)[None, :], scores, -float("inf"))
+    p = tl.exp(scores - tl.max(scores, 1)[:, None])
+    return tl.div_rn(p, tl.broadcast_to(tl.sum(p, 1)[:, None], p.shape))
+
+
+@_tuned(["Q_SLOTS", "V_SLOTS", "PROMPTS", "PRECISION"], *_PROMPT_TILES)
+@triton.jit(do_not_specialize=["samples", "heads", "length", "count"])
+def prompt_attention(
+    attended, query, key, value, out, samples, heads, length, count, scale,
+    query_sample, query_head, query_token, query_element,
+    Q_DIM: tl.constexpr, Q_SLOTS: tl.constexpr, V_DIM: tl.constexpr, V_SLOTS: tl.constexpr, PROMPTS: tl.constexpr,
+    PRECISION: tl.constexpr, QUERIES: tl.constexpr,
+):  # fmt: skip
+    """``attended`` plus the attention of one tile of queries of one head to its prompts."""
+    tiles = tl.cdiv(length, QUERIES)
+    head = (tl.program_id(0) // tiles % heads).to(tl.int64)
+    sample = (tl.program_id(0) // tiles // heads).to(tl.int64)
+    token = (tl.program_id(0) % tiles) * QUERIES + tl.arange(0, QUERIES)
+    feature, real = _elements(Q_DIM, 0, Q_SLOTS, Q_SLOTS)
+    at = sample * query_sample + head * query_head + token.to(tl.int64) * query_token
+    q = tl.load(
+        query + at[:, None] + feature.to(tl.int64)[None, :] * query_element,
+        mask=(token < length)[:, None] & real[None, :],
+        other=0,
+    )
+    k = _prompts(key, head, count, feature, real, PROMPTS, Q_DIM).to(q.dtype)
+    p = _attention_to(q, k, count, scale, PROMPTS, PRECISION)
+    feature, real = _elements(V_DIM, 0, V_SLOTS, V_SLOTS)
+    v = _prompts(value, head, count, feature, real, PROMPTS, V_DIM).to(q.dtype)
+    mask = (token < length)[:, None] & real[None, :]
+    at = (((sample * length + token) * heads + head) * V_DIM)[:, None] + feature[None, :]
+    result = tl.load(attended + at, mask=mask, other=0).to(tl.float32) + _dot(p.to(q.dtype), v, PRECISION)
+    tl.store(out + at, result.to(out.dtype.element_ty), mask=mask)
+
+
+@_tuned(["Q_SLOTS", "V_SLOTS", "PROMPTS", "BITS", "PRECISION"], *_PROMPT_TILES)
+@triton.jit(do_not_specialize=["samples", "heads", "length", "count"])
+def prompt_attention_backward(
+    grad, packed, scales, mean, key, value, d_query, d_key, d_value, samples, heads, length, count, scale,
+    BITS: tl.constexpr, Q_DIM: tl.constexpr, Q_GROUP: tl.constexpr, Q_GROUP_SLOTS: tl.constexpr, Q_SLOTS: tl.constexpr,
+    V_DIM: tl.constexpr, V_SLOTS: tl.constexpr, Q_MEAN: tl.constexpr, PROMPTS: tl.constexpr, PRECISION: tl.constexpr,
+    QUERIES: tl.constexpr,
+):  # fmt: skip
+    """Gradients of attention to prompts; every program takes tiles of queries of one head in turn, and leaves its sums over them for
+    the prompts in a row of its own of ``d_key`` and ``d_value``."""
+    head = (tl.program_id(0) % heads).to(tl.int64)
+    tiles = tl.cdiv(length, QUERIES)
+    dtype = grad.dtype.element_ty
+    q_feature, q_real = _elements(Q_DIM, Q_GROUP, Q_GROUP_SLOTS, Q_SLOTS)
+    v_feature, v_real = _elements(V_DIM, 0, V_SLOTS, V_SLOTS)
+    k = _prompts(key, head, count, q_feature, q_real, PROMPTS, Q_DIM).to(dtype)
+    v = _prompts(value, head, count, v_feature, v_real, PROMPTS, V_DIM).to(dtype)
+    d_k = tl.zeros((PROMPTS, Q_SLOTS), tl.float32)
+    d_v = tl.zeros((PROMPTS, V_SLOTS), tl.float32)
+    for tile in range(tl.program_id(0) // heads, samples * tiles, tl.num_programs(0) // heads):
+        sample = tile // tiles + tl.zeros((), tl.int64)
+        token = (tile % tiles) * QUERIES + tl.arange(0, QUERIES)
+        present = (token < length)[:, None]
+        q = _coded_rows(
+            packed, scales, mean, sample * heads + head, token, length, Q_DIM, BITS, Q_GROUP, Q_GROUP_SLOTS, Q_SLOTS,
+            Q_MEAN,
+        ).to(dtype)  # fmt: skip
+        at = (sample * length + token) * heads + head  # [B, L, H, D] in memory
+        d_out = tl.load(grad + (at * V_DIM)[:, None] + v_feature[None, :], mask=present & v_real[None, :], other=0)
+        p = _attention_to(q, k, count, scale, PROMPTS, PRECISION)
+        d_p = _dot(d_out, tl.trans(v), PRECISION)
+        d_s = p * (d_p - tl.sum(p * d_p, 1)[:, None]) * scale
+        d_q = _dot(d_s.to(dtype), k, PRECISION)
+        tl.store(d_query + (at * Q_DIM)[:, None] + q_feature[None, :], d_q.to(dtype), mask=present & q_real[None, :])
+        d_k += _dot(tl.trans(d_s.to(dtype)), q, PRECISION)
+        d_v += _dot(tl.trans(p.to(dtype)), d_out, PRECISION)
+    prompt = tl.arange(0, PROMPTS)
+    own = tl.program_id(0).to(tl.int64) * count + prompt
+    there = (prompt < count)[:, None]
+    tl.store(d_key + (own * Q_DIM)[:, None] + q_feature[None, :], d_k, mask=there & q_real[None, :])
+    tl.store(d_value + (own * V_DIM)[:, None] + v_feature[None, :], d_v, mask=there & v_real[None, :])
