@@ -1,7 +1,7 @@
 """How fast the quantised operators are, beside the stock ones and beside what memory bandwidth allows.
 
-    python benchmarks/kernels.py                              # every operator, every backend found
-    python benchmarks/kernels.py gelu layer_norm --rounds 50
+    python benchmarks/kernel_speed.py                              # every operator, every backend found
+    python benchmarks/kernel_speed.py gelu layer_norm --rounds 50
 
 Operators work on tensors as in ViT-B/16 and ResNet-50 at the given batch size. Forward and backward pass are timed apart, stock
 and quantised versions and a plain copy in turn; figures are medians over rounds. The limit is the time in which a copy at the
