@@ -150,21 +150,19 @@ class _AddLowRank(torch.autograd.Function):
         _refuse_double_backward()
         packed, scales, up = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])
-        hidden = activated = d_hidden = d_up = None
+        function = None if ctx.activation is None else activation_function(ctx.activation)
+        hidden = d_hidden = d_up = None
         if packed is not None:
-            hidden = activated = ops.decode_groups(
+            hidden = ops.decode_groups(
                 packed, scales, ctx.quantizer.bits, ctx.quantizer.group_size, up.shape[1], grad.dtype,
                 ctx.quantizer.backend,
             )  # fmt: skip
-        if ctx.activation is not None:
-            with torch.enable_grad():
-                activated = activation_function(ctx.activation).forward(hidden.requires_grad_())
         if ctx.needs_input_grad[1]:
             d_hidden = (rows @ up).mul_(ctx.scaling)
-            if ctx.activation is not None:
-                (d_hidden,) = torch.autograd.grad(activated, hidden, d_hidden)
+            if function is not None:
+                d_hidden *= function.derivative_torch(hidden)
             shape, dtype = ctx.hidden_like
             d_hidden = d_hidden.view(shape).to(dtype)
         if ctx.needs_input_grad[2]:
-            d_up = (rows.t() @ activated.detach()).mul_(ctx.scaling)
+            d_up = (rows.t() @ (hidden if function is None else function.forward(hidden))).mul_(ctx.scaling)
         return grad, d_hidden, d_up, None, None, None
