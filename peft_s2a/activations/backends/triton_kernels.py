@@ -96,6 +96,16 @@ def _scales_width(groups):
     return (groups + 3) // 4 + 2 * groups
 
 
+@triton.jit
+def _load_scales(scales, group, mask, groups, BITS: tl.constexpr):
+    """Minimum and step of ``group`` in the rows of ``groups`` at ``scales``, where ``mask``."""
+    bounds = scales + (groups + 3) // 4 + group
+    exponent = tl.load(scales + group // 4, mask=mask, other=0).to(tl.int32)
+    low = tl.load(bounds, mask=mask, other=0).to(tl.int32)
+    high = tl.load(bounds + groups, mask=mask, other=0).to(tl.int32)
+    return _offset_and_step((low ^ 128) - 128, (high ^ 128) - 128, _power_of_two(exponent), BITS)
+
+
 # ---- rows in slots
 
 
@@ -169,50 +179,13 @@ def _decode(
 
     group, there = _group_mask(count, GROUP, GROUP_SLOTS, SLOTS)
     group_mask = present[:, None] & there[None, :]
-    bounds = scales[:, None] + group[None, :] + (groups + 3) // 4
-    exponent = tl.load(scales[:, None] + (group // 4)[None, :], mask=group_mask, other=0).to(tl.int32)
-    low = tl.load(bounds, mask=group_mask, other=0).to(tl.int32)
-    high = tl.load(bounds + groups, mask=group_mask, other=0).to(tl.int32)
-    offset, step = _offset_and_step((low ^ 128) - 128, (high ^ 128) - 128, _power_of_two(exponent), BITS)
+    offset, step = _load_scales(scales[:, None], group[None, :], group_mask, groups, BITS)
 
     grouped = tl.reshape(codes.to(tl.float32), (ROWS, SLOTS // GROUP_SLOTS, GROUP_SLOTS))
     values = tl.reshape(grouped * step[:, :, None] + offset[:, :, None], (ROWS, SLOTS))
     if MEAN:
         values += tl.load(mean + element, mask=inside, other=0).to(tl.float32)[None, :]
     return tl.where(mask, values, 0.0)
-
-
-@triton.jit
-def _store_packed(
-    codes, packed, present, count, BITS: tl.constexpr, GROUP: tl.constexpr, GROUP_SLOTS: tl.constexpr
-):  # fmt: skip
-    """Pack the lowest ``BITS`` bits of codes (int32 ``[ROWS, SLOTS]``) into the rows at the pointers ``packed`` (``[ROWS]``)."""
-    ROWS: tl.constexpr = codes.shape[0]
-    SLOTS: tl.constexpr = codes.shape[1]
-    if BITS == 8:
-        element, inside = _elements(count, GROUP, GROUP_SLOTS, SLOTS)
-        tl.store(packed[:, None] + element[None, :], codes.to(tl.uint8), mask=present[:, None] & inside[None, :])
-    else:
-        PARTS: tl.constexpr = 8 // BITS
-        BYTES: tl.constexpr = SLOTS // PARTS if SLOTS > PARTS else 1
-        width = _row_width(count, BITS)
-        index = tl.arange(0, PARTS * BYTES)
-        part = index // BYTES
-        byte = index % BYTES
-        element = part * width + byte
-        inside = (byte < width) & (element < count)
-        slot = element
-        if GROUP != 0:
-            slot = element // GROUP * GROUP_SLOTS + element % GROUP
-        slot = tl.broadcast_to(tl.where(inside, slot, 0)[None, :], (ROWS, PARTS * BYTES))
-        picked = tl.where(inside[None, :], tl.gather(codes, slot, 1) & ((1 << BITS) - 1), 0)
-        bytes_ = tl.sum(tl.reshape(picked << (part * BITS)[None, :], (ROWS, PARTS, BYTES)), 1)
-        column = tl.arange(0, BYTES)
-        tl.store(
-            packed[:, None] + column[None, :],
-            bytes_.to(tl.uint8),
-            mask=present[:, None] & (column < width)[None, :],
-        )
 
 
 # ---- codes and scales of single values
@@ -297,6 +270,65 @@ def scale_values(
 # ---- rows
 
 
+@triton.jit
+def _load_values(x, start, stride_element, mean, element, mask, MEAN: tl.constexpr):
+    """The values (float32) of ``element`` in the rows that begin at ``start``; with ``MEAN``, less those of the rows at ``mean``."""
+    v = tl.load(x + start[:, None] + (element.to(tl.int64) * stride_element)[None, :], mask=mask, other=0)
+    v = v.to(tl.float32)
+    if MEAN:
+        v -= tl.load(mean[:, None] + element[None, :], mask=mask, other=0).to(tl.float32)
+    return v
+
+
+@triton.jit
+def _normalised(v, centre, scale, columns, count, element, NORM: tl.constexpr, BY_COLUMN: tl.constexpr):
+    """Values less the ``centre`` and times the ``scale`` of their row, then standardised by column."""
+    if NORM == 1:
+        v -= centre[:, None]
+    if NORM != 0:
+        v *= scale[:, None]
+    if BY_COLUMN:
+        inside = element < count
+        column_mean = tl.load(columns + element, mask=inside, other=0).to(tl.float32)
+        deviation = tl.load(columns + count + element, mask=inside, other=0).to(tl.float32)
+        v = tl.div_rn(v - column_mean[None, :], tl.where(inside, deviation, 1.0)[None, :])
+    return v
+
+
+@triton.jit
+def _store_plane(
+    x, start, stride_element, mean, columns, centre, scale, offset, step, scales, packed,
+    row, present, count, groups, seed_low, seed_high, PLANE_BITS: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr,
+    GROUP: tl.constexpr, SLOTS: tl.constexpr, NORM: tl.constexpr, BY_COLUMN: tl.constexpr, MEAN: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+):  # fmt: skip
+    """Code the rows again from their statistics and bounds, in the order of their bytes, and pack ``PLANE_BITS`` bits from ``SHIFT``
+    upwards of every code; ``offset`` and ``step`` are used where a row is one group, and those at ``scales`` elsewhere."""
+    ROWS: tl.constexpr = row.shape[0]
+    PARTS: tl.constexpr = 8 // PLANE_BITS
+    BYTES: tl.constexpr = SLOTS // PARTS if SLOTS > PARTS else 1
+    width = _row_width(count, PLANE_BITS)
+    byte = tl.arange(0, BYTES)
+    line = tl.zeros((ROWS, BYTES), tl.int32)
+    for part in tl.static_range(PARTS):
+        element = byte + part * width
+        mask = present[:, None] & ((byte < width) & (element < count))[None, :]
+        v = _load_values(x, start, stride_element, mean, element, mask, MEAN)
+        v = _normalised(v, centre, scale, columns, count, element, NORM, BY_COLUMN)
+        if GROUP != 0:
+            offset, step = _load_scales(scales[:, None], (element // GROUP)[None, :], mask, groups, BITS)
+        per_step = tl.where(step == 0, 0.0, tl.div_rn(1.0, tl.where(step == 0, 1.0, step)))
+        code = (v - offset) * per_step
+        if STOCHASTIC:
+            code += _uniform((row * count)[:, None] + element[None, :], seed_low, seed_high)
+        else:
+            code += 0.5
+        code = tl.minimum(tl.maximum(tl.floor(code), 0.0), ((1 << BITS) - 1) * 1.0).to(tl.int32)
+        code = (code >> SHIFT) & ((1 << PLANE_BITS) - 1)
+        line |= tl.where(mask, code, 0) << (part * PLANE_BITS)
+    tl.store(packed[:, None] + byte[None, :], line.to(tl.uint8), mask=present[:, None] & (byte < width)[None, :])
+
+
 @_tuned(["SLOTS", "GROUP_SLOTS", "BITS", "NORM"], *_TILES)
 @triton.jit(do_not_specialize=["rows", "heads", "tokens", "seed_low", "seed_high"])
 def encode_rows(
@@ -306,38 +338,38 @@ def encode_rows(
     BY_COLUMN: tl.constexpr, MEAN: tl.constexpr, STOCHASTIC: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Code rows ``[samples, heads, tokens]`` of ``count`` values in groups. ``NORM``: 1 layer norm, 2 root mean square, 0 none, and
-    then ``BY_COLUMN`` standardised by the means and deviations at ``columns``. ``MEAN``: minus the row at ``mean`` of their head."""
+    then ``BY_COLUMN`` standardised by the means and deviations at ``columns``. ``MEAN``: minus the row at ``mean`` of their head.
+
+    Statistics and bounds are found in slots; then the elements that share bytes are read again, from the cache, and packed: to
+    move codes between slots instead takes a shuffle for every pair of registers."""
     ROWS: tl.constexpr = TILE // SLOTS if TILE > SLOTS else 1
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    present = row < rows
     head = row // tokens
     start = (head // heads).to(tl.int64) * stride_sample + (head % heads).to(tl.int64) * stride_head
     start += (row % tokens).to(tl.int64) * stride_token
+    mean += head.to(tl.int64) * count
     row = row.to(tl.int64)
-    present = row < rows
+
     element, inside = _elements(count, GROUP, GROUP_SLOTS, SLOTS)
     mask = present[:, None] & inside[None, :]
-    v = tl.load(x + start[:, None] + (element.to(tl.int64) * stride_element)[None, :], mask=mask, other=0)
-    v = v.to(tl.float32)
-    if MEAN:
-        v -= tl.load(mean + (head.to(tl.int64) * count)[:, None] + element[None, :], mask=mask, other=0).to(tl.float32)
+    v = _load_values(x, start, stride_element, mean, element, mask, MEAN)
+    centre = tl.zeros((ROWS,), tl.float32)
+    scale = centre
     if NORM == 1:
-        v = tl.where(mask, v - tl.div_rn(tl.sum(v, 1), count * 1.0)[:, None], 0.0)
+        centre = tl.div_rn(tl.sum(v, 1), count * 1.0)
     if NORM != 0:
-        squares = tl.div_rn(tl.sum(v * v, 1), count * 1.0)
-        scale = tl.div_rn(1.0, tl.sqrt_rn(squares + eps))
+        centred = tl.where(mask, v - centre[:, None], 0.0)
+        scale = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(centred * centred, 1), count * 1.0) + eps))
         tl.store(rstd + row, scale, mask=present)
-        v *= scale[:, None]
-    if BY_COLUMN:
-        column_mean = tl.load(columns + element, mask=inside, other=0).to(tl.float32)
-        deviation = tl.load(columns + count + element, mask=inside, other=0).to(tl.float32)
-        v = tl.div_rn(v - column_mean[None, :], tl.where(inside, deviation, 1.0)[None, :])
+    v = _normalised(v, centre, scale, columns, count, element, NORM, BY_COLUMN)
 
     GROUPS: tl.constexpr = SLOTS // GROUP_SLOTS
     group, there = _group_mask(count, GROUP, GROUP_SLOTS, SLOTS)
     group_mask = present[:, None] & there[None, :]
     low = tl.min(tl.reshape(tl.where(mask, v, float("inf")), (ROWS, GROUPS, GROUP_SLOTS)), 2)
-    v_or_inf = tl.where(v == v, v, float("inf"))  # what is not a number makes its unit infinite, and is decoded so
-    high = tl.max(tl.reshape(tl.where(mask, v_or_inf, -float("inf")), (ROWS, GROUPS, GROUP_SLOTS)), 2)
+    v = tl.where(v == v, v, float("inf"))  # what is not a number makes its unit infinite, and is decoded so
+    high = tl.max(tl.reshape(tl.where(mask, v, -float("inf")), (ROWS, GROUPS, GROUP_SLOTS)), 2)
     low = tl.where(group_mask, low, 0.0)
     high = tl.where(group_mask, high, 0.0)
     SHARED: tl.constexpr = 4 if GROUPS > 4 else GROUPS
@@ -349,30 +381,32 @@ def encode_rows(
     unit = tl.reshape(unit, (ROWS, GROUPS))
     low = _multiple(low, unit)
     high = _multiple(high, unit)
-    bounds = scales + row * _scales_width(groups)
+    scales += row * _scales_width(groups)
     shared = tl.arange(0, UNITS)
     unit_mask = present[:, None] & (shared * SHARED < groups)[None, :]
-    tl.store(bounds[:, None] + shared[None, :], exponent.to(tl.uint8), mask=unit_mask)
-    bounds = bounds[:, None] + group[None, :] + (groups + 3) // 4
+    tl.store(scales[:, None] + shared[None, :], exponent.to(tl.uint8), mask=unit_mask)
+    bounds = scales[:, None] + (groups + 3) // 4 + group[None, :]
     tl.store(bounds, (low & 255).to(tl.uint8), mask=group_mask)
     tl.store(bounds + groups, (high & 255).to(tl.uint8), mask=group_mask)
+    tl.debug_barrier()  # the bounds are read below by other threads
 
+    # of a single group the bounds are here, in registers
     offset, step = _offset_and_step(low, high, unit, BITS)
-    per_step = tl.where(step == 0, 0.0, tl.div_rn(1.0, tl.where(step == 0, 1.0, step)))
-    grouped = tl.reshape(v, (ROWS, GROUPS, GROUP_SLOTS))
-    units = tl.reshape((grouped - offset[:, :, None]) * per_step[:, :, None], (ROWS, SLOTS))
-    if STOCHASTIC:
-        units += _uniform((row * count)[:, None] + element[None, :], seed_low, seed_high)
-    else:
-        units += 0.5
-    codes = tl.minimum(tl.maximum(tl.floor(units), 0.0), ((1 << BITS) - 1) * 1.0).to(tl.int32)
-
-    line = packed + row * _row_width(count, BITS)
+    packed += row * _row_width(count, BITS)
     if BITS == 3:
-        _store_packed(codes, line, present, count, 2, GROUP, GROUP_SLOTS)
-        _store_packed(codes >> 2, line + _row_width(count, 2), present, count, 1, GROUP, GROUP_SLOTS)
+        _store_plane(
+            x, start, stride_element, mean, columns, centre, scale, offset, step, scales, packed,
+            row, present, count, groups, seed_low, seed_high, 2, 0, BITS, GROUP, SLOTS, NORM, BY_COLUMN, MEAN, STOCHASTIC,
+        )  # fmt: skip
+        _store_plane(
+            x, start, stride_element, mean, columns, centre, scale, offset, step, scales, packed + _row_width(count, 2),
+            row, present, count, groups, seed_low, seed_high, 1, 2, BITS, GROUP, SLOTS, NORM, BY_COLUMN, MEAN, STOCHASTIC,
+        )  # fmt: skip
     else:
-        _store_packed(codes, line, present, count, BITS, GROUP, GROUP_SLOTS)
+        _store_plane(
+            x, start, stride_element, mean, columns, centre, scale, offset, step, scales, packed,
+            row, present, count, groups, seed_low, seed_high, BITS, 0, BITS, GROUP, SLOTS, NORM, BY_COLUMN, MEAN, STOCHASTIC,
+        )  # fmt: skip
 
 
 @_tuned(["SLOTS", "GROUP_SLOTS", "BITS"], *_TILES)
