@@ -1,9 +1,9 @@
 """The ops on CUDA devices in fused Triton kernels (`triton_kernels`). Not yet measured on a GPU.
 
-Every kernel reads its input once and writes codes, or reads codes and writes gradients; nothing else is allocated but the rows of
-partial sums of `norm_backward` and two numbers a query of `attention_backward`. Float64, rows of more than 16384 values and attention
-whose mask wants a gradient are left to the reference. On the CPU the kernels run in Triton's interpreter, for tests: set
-TRITON_INTERPRET=1 before Triton is imported.
+Every kernel reads its input from memory once and writes codes, or reads codes and writes gradients; nothing else is allocated but the
+token means of `encode_heads`, partial sums for parameters (`norm_backward`, `prompt_attention_backward`) and two numbers a query
+(`attention_backward`). Float64, rows of more than 16384 values, heads of more than 256 and attention whose mask wants a gradient are
+left to the reference. On the CPU the kernels run in Triton's interpreter, for tests: set TRITON_INTERPRET=1 before Triton is imported.
 """
 
 import functools

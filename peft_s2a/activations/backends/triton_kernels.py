@@ -4,7 +4,8 @@ Rows. Kernels on rows of ``count`` values hold whole rows in registers, ``ROWS``
 of ``GROUP`` values takes the ``GROUP_SLOTS`` slots (a power of two) from ``g * GROUP_SLOTS`` on, so that groups of any size are reduced
 and broadcast by reshaping. ``GROUP`` is 0 where one group is the whole row. Arithmetic is in float32, whatever is loaded.
 
-Sizes that change with the batch are not specialised on, and none is a tuning key: a smaller last batch compiles and tunes nothing.
+Sizes that change with the batch are no tuning key, and of them only whether they are multiples of 16 is specialised on, where it
+widens loads: a smaller last batch tunes nothing, and compiles nothing at the widths of real models.
 """
 
 import torch
