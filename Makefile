@@ -2,9 +2,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+# Of the benchmarks' backbone, fetched on first use.
+WEIGHTS = outputs/dinov2
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test quality style clean
+.PHONY: demo test benchmark benchmark-gpu quality style clean
 
 $(INSTALLED): pyproject.toml constraints/pinned.txt
 	$(PYTHON) -m venv $(VENV)
@@ -20,6 +22,19 @@ demo: $(INSTALLED)  ## Fine-tune the shipped backbone on handwritten digits with
 
 test: $(INSTALLED)  ## Run all tests, offline.
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests
+
+benchmark: $(INSTALLED)  ## All benchmarks at a reduced setting, on the CPU: less than half an hour on two cores.
+	$(BIN)/python benchmarks/memory_and_speed.py --preset reduced --device cpu
+	$(BIN)/python benchmarks/accuracy.py $(WEIGHTS) --setting reduced --device cpu
+	$(BIN)/python benchmarks/fidelity.py $(WEIGHTS) --setting reduced --device cpu
+	$(BIN)/python benchmarks/kernel_speed.py --setting reduced --device cpu
+
+benchmark-gpu: $(INSTALLED)  ## All benchmarks in full, on a CUDA device.
+	@$(BIN)/python -c "import torch; torch.cuda.is_available() or exit('make benchmark-gpu: PyTorch sees no CUDA device; make benchmark runs on the CPU')"
+	$(BIN)/python benchmarks/memory_and_speed.py --preset full --device cuda
+	$(BIN)/python benchmarks/accuracy.py $(WEIGHTS) --setting full --device cuda
+	$(BIN)/python benchmarks/fidelity.py $(WEIGHTS) --setting full --device cuda
+	$(BIN)/python benchmarks/kernel_speed.py --setting full --device cuda
 
 quality: $(INSTALLED)  ## Check format and lint.
 	$(BIN)/ruff check .

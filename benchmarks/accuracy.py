@@ -461,6 +461,8 @@ def main() -> None:
     parser.add_argument("cache", type=Path, help="folder for the checkpoint")
     parser.add_argument("--setting", default="full", choices=SETTINGS)
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of the setting's")
+    parser.add_argument("--datasets", nargs="+", metavar="DATASET", help="only these of the setting's")
+    parser.add_argument("--methods", nargs="+", metavar="METHOD", choices=METHODS, help="only these of the setting's")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--workers", type=int, default=1 if torch.cuda.is_available() else 2, help="processes that share the threads"
@@ -470,10 +472,15 @@ def main() -> None:
     setting = SETTINGS[args.setting]
     path = args.out or result_file("accuracy", args.setting, args.device)
     environment = describe_environment(args.device)
-    settings = {name: value for name, value in asdict(setting).items() if name != "seeds"}  # they can be added
+    # what a file can hold more or less of, a run with the same file may add
+    settings = {name: value for name, value in asdict(setting).items() if name not in ("seeds", "methods")}
     header = {"environment": environment, "setting": settings, "calibration": CALIBRATION, "workers": args.workers}
-    if args.seeds:
-        setting = replace(setting, seeds=tuple(args.seeds))
+    chosen = {
+        dataset: tuple(method for method in methods if method in (args.methods or METHODS))
+        for dataset, methods in setting.methods.items()
+        if dataset in (args.datasets or setting.methods)
+    }
+    setting = replace(setting, seeds=tuple(args.seeds or setting.seeds), methods=chosen)
     result = run_all(path, header, checkpoint(args.cache), setting, args.device, args.workers)
     console = Console(width=120)
     console.print(table_of(result))

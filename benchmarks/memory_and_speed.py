@@ -312,7 +312,7 @@ def measure(case: Case, rounds: int, seed: int, device: str) -> list[dict[str, A
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - start)
     for name, times in seconds.items():
-        rows[name] |= {"step_seconds": statistics.median(times), "all_step_seconds": [round(t, 5) for t in times]}
+        rows[name] |= {"step_seconds": statistics.median(times), "all_step_seconds": times}
     return list(rows.values())
 
 

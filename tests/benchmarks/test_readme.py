@@ -1,14 +1,74 @@
-"""The README's figures are those of the committed result files."""
+"""The README's figures are those of the committed result files, and those say what they were measured on."""
 
-import runpy
-from pathlib import Path
+import json
 
-
-ROOT = Path(__file__).resolve().parents[2]
+import pytest
+import readme
+from environment import RESULTS, describe_environment, slug, write_result
 
 
 def test_the_readme_says_what_the_result_files_say():
-    render = runpy.run_path(str(ROOT / "benchmarks" / "readme.py"))["render"]
-    readme = (ROOT / "README.md").read_text()
-    assert "<!-- results: demo -->\n|" in readme, "no demo results: run benchmarks/readme.py"
-    assert render(readme) == readme, "the README is out of date: run benchmarks/readme.py"
+    text = (readme.ROOT / "README.md").read_text()
+    assert "<!-- results: demo -->\n|" in text, "no demo results: run benchmarks/readme.py"
+    assert readme.render(text) == text, "the README is out of date: run benchmarks/readme.py"
+
+
+def test_every_section_has_its_place_in_the_readme():
+    text = (readme.ROOT / "README.md").read_text()
+    for name in readme.SECTIONS:
+        assert text.count(f"<!-- results: {name} -->\n") == 1, name
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_every_result_names_its_hardware_versions_and_date(path):
+    environment = json.loads(path.read_text())["environment"]
+    assert environment.keys() >= {"device", "date", "python", "torch", "peft", "transformers"}
+    if path.stem not in ("demo", "plans"):  # one of each: made anywhere
+        assert path.stem.endswith(slug(environment["device"]))
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """An empty folder of results that the README is rendered from."""
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    return tmp_path
+
+
+def test_sections_without_results_are_empty(results):
+    text = "before\n<!-- results: fidelity -->\nold\n<!-- /results -->\nafter"
+    assert readme.render(text) == "before\n<!-- results: fidelity -->\n<!-- /results -->\nafter"
+
+
+def test_reduced_runs_are_left_out_and_devices_stand_side_by_side(results):
+    row = {"operator": "norm", "bits": 4, "variant": "nearest", "cosine": 0.5}
+    for name in ("full-cpu", "full-gpu", "reduced-cpu"):
+        environment = {**describe_environment(), "device": name}
+        write_result(
+            results / f"fidelity-{name}.json", {"environment": environment, "settings": {"batches": 1}, "rows": [row]}
+        )
+    section = readme.section("fidelity")
+    assert section.count("| norm | 0.5000 |") == 2
+    assert "full-cpu" in section and "full-gpu" in section and "reduced-cpu" not in section
+
+
+def test_memory_is_given_beside_lora_of_the_same_backbone(results):
+    shared = {"axis": None, "batch_size": 8, "autocast": False}
+    rows = [
+        {**shared, "backbone": backbone, "method": method, "saved_bytes_per_image": size * 2**20, "peak_bytes": size * 2**20,
+         "step_seconds": size}
+        for backbone, lora in (("a", 10), ("b", 100))
+        for method, size in (("LoRA", lora), ("S2A", lora / 4), ("S2A, no tiles", lora))
+    ]  # fmt: skip
+    rows.append({**shared, "backbone": "b", "method": "LoRA + checkpointing", "skipped": "not supported"})
+    write_result(results / "memory_and_speed-main-x.json", {"environment": describe_environment(), "rows": rows})
+    section = readme.section("memory")
+    assert "| a | S2A | 2.5 | 2 | 0.25 | 0.25 |" in section
+    assert "| b | S2A | 25.0 | 25 | 0.25 | 0.25 |" in section
+    assert "no tiles" not in section and "checkpointing |" not in section
+
+
+def test_plots_are_shown_where_there_are_some(results):
+    assert readme.picture(results / "a.json", "what") == ""
+    (results / "a.png").touch()
+    assert readme.picture(results / "a.json", "what") == "![what](a.png)"
