@@ -359,17 +359,18 @@ def test_kernels_compile_for_a_gpu_and_not_again_for_a_smaller_batch(tmp_path):
                 rows, weight = x.view(-1, 128), torch.ones(128)
                 coded = reference.encode_norm(rows, 1e-5, True, True, bits, 128, None)
                 ours.encode_norm(rows, 1e-5, True, True, bits, 128, None)
+                if bits == 3:  # two planes of bits; the rest is as at 4
+                    continue
                 ours.norm_backward(rows, *coded, weight, True, bits, 128, [True, True, True])
                 heads = x.view(samples, 49, 4, 32).transpose(1, 2)
                 query, key = (list(reference.encode_heads(heads, bits, 16, True, kept, None)) for kept in (True, False))
                 ours.encode_heads(heads, bits, 16, True, True, 5 * samples)
                 ours.decode_groups(key[0].flatten(0, 2), key[1].flatten(0, 2), bits, 16, 32, dtype)
-                if bits == 4:
-                    mask = torch.randn(1, 4, 49, 49)
-                    ours.attention_backward(heads, query, key, key, mask, False, 0.2, bits, 16, 32, False)
-                    key = torch.randn(4, 8, 32)
-                    ours.prompt_attention(x, heads, key, key, 0.2)
-                    ours.prompt_attention_backward(x, query, key, key, 0.2, bits, 16)
+                mask = torch.randn(1, 4, 49, 49)
+                ours.attention_backward(heads, query, key, key, mask, False, 0.2, bits, 16, 32, False)
+                key = torch.randn(4, 8, 32)
+                ours.prompt_attention(x, heads, key, key, 0.2)
+                ours.prompt_attention_backward(x, query, key, key, 0.2, bits, 16)
             ours.encode_levels(torch.rand(128 * samples), levels, bits, samples)
 
         step(samples=6)
