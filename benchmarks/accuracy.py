@@ -382,6 +382,7 @@ def run_all(path: Path, header: dict[str, Any], folder: Path, setting: Setting, 
             for future in (progress := tqdm(as_completed(futures), total=len(futures), unit="run")):
                 row = future.result()
                 result[tables[future]].append(row)
+                result["memory"].sort(key=lambda row: list(METHODS).index(row["method"]))
                 write_result(path, result)
                 progress.write(", ".join(f"{key} {value}" for key, value in row.items()))
     return result
@@ -431,28 +432,36 @@ def table_of(result: dict[str, Any]) -> Table:
 
 def plot(result: dict[str, Any], path: Path) -> None:
     """Accuracy over what is kept for backward: the better, the further up and to the left."""
+    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
 
-    datasets = list(dict.fromkeys(row["dataset"] for row in result["runs"]))
-    figure = Figure(figsize=(6.5 * len(datasets), 4.8), layout="constrained")
+    datasets = list(dict.fromkeys(row["dataset"] for row in result["runs"] if row["split"] == "test"))
+    figure = Figure(figsize=(5 * len(datasets) + 2.5, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, dataset in zip(figure.subplots(1, len(datasets), squeeze=False)[0], datasets):
-        for row in result["memory"]:
+    panels = figure.subplots(1, len(datasets), squeeze=False)[0]
+    for axes, dataset in zip(panels, datasets):
+        for index, row in enumerate(result["memory"]):
             method = row["method"]
             if not (values := list(accuracies(result, dataset, method).values())):
                 continue
             mean, deviation = mean_and_deviation(values)
-            color = "#1b9e77" if method.startswith("S2A") else "#7570b3"
-            saved = row["saved_bytes_per_image"] / 2**20
-            axes.errorbar(
-                saved, mean, deviation, fmt="o", color=color, markersize=8 if method == "S2A" else 5, capsize=2
-            )
-            axes.annotate(method, (saved, mean), (5, 4), textcoords="offset points", fontsize=8, color=color)
+            if method == "linear probe":  # keeps next to nothing: far to the left of the others
+                axes.axhline(mean, color="grey", linewidth=1, linestyle=":", label=method)
+                continue
+            saved, marker = row["saved_bytes_per_image"] / 2**20, "o" if method.startswith("S2A") else "s"
+            style = {"fmt": marker, "color": colormaps["tab20"](index % 20), "capsize": 3, "elinewidth": 1}
+            axes.errorbar(saved, mean, deviation, markersize=10 if method == "S2A" else 6, label=method, **style)
         axes.set_xscale("log")
-        axes.margins(x=0.15)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.margins(x=0.1)
         axes.grid(alpha=0.3)
         axes.set(xlabel="kept for backward, MiB per image", ylabel="test accuracy, %", title=dataset)
+    handles = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=8)
     figure.savefig(path, dpi=130)
 
 

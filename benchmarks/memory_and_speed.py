@@ -404,14 +404,17 @@ def slopes_table(found: list[dict[str, Any]]) -> Table:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """For each backbone, bars of the peak and of the step time as parts of full fine-tuning's or LoRA's."""
+    """For each backbone, at its largest batch in fp32, bars of the peak and of the step time."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = [row for row in rows if row["axis"] is None and "skipped" not in row and not row["autocast"]]
+    shown = {*MAIN, *STRUCTURES}  # all methods of the full preset would not fit a page
+    rows = [row for row in rows if row["axis"] is None and not row["autocast"] and row["method"] in shown]
+    rows = [row for row in rows if "skipped" not in row]
+    largest = {row["backbone"]: row["batch_size"] for row in sorted(rows, key=lambda row: row["batch_size"])}
     backbones = {
         key: [row for row in rows if (row["backbone"], row["batch_size"]) == key]
-        for key in dict.fromkeys((row["backbone"], row["batch_size"]) for row in rows)
+        for key in dict.fromkeys((row["backbone"], largest[row["backbone"]]) for row in rows)
     }
     if not backbones:
         return
