@@ -23,6 +23,7 @@ from peft_s2a.memory.plan import Plan, plan_memory
 
 
 MODELS = ("vit-b", "swin-b", "resnet50", "dinov2-g")
+SHOWN = ("full", "bias", "lora", "lora+checkpointing", "s2a", "s2a-ladder")
 GiB = 2**30
 
 
@@ -51,7 +52,7 @@ def rows_of(plan: Plan) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=MODELS, metavar="MODEL", help="as for `peft-s2a plan`")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD")
+    parser.add_argument("--methods", nargs="+", default=list(SHOWN), choices=METHODS, metavar="METHOD")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--budget", type=float, default=24, help="GiB")
     args = parser.parse_args()
