@@ -470,7 +470,9 @@ def main() -> None:
     parser.add_argument("cache", type=Path, help="folder for the checkpoint")
     parser.add_argument("--setting", default="full", choices=SETTINGS)
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of the setting's")
-    parser.add_argument("--datasets", nargs="+", metavar="DATASET", help="only these of the setting's")
+    parser.add_argument(
+        "--datasets", nargs="+", choices=("fashion-mnist", "digits"), help="only these of the setting's"
+    )
     parser.add_argument("--methods", nargs="+", metavar="METHOD", choices=METHODS, help="only these of the setting's")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
