@@ -7,6 +7,7 @@ and ``isinstance`` checks stay as they are; going back is giving the module its 
 """
 
 import functools
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ _LEFT_ALONE = (*_LISTS, nn.Sequential, nn.Identity, nn.Embedding, PreTrainedMode
 # Bytes of a tile's input: enough work for one launch of its operators, few enough to keep the working set small.
 _TILE_BYTES = {"cpu": 2**20}
 _DEFAULT_TILE_BYTES = 2**24
+_WORKING_SET = 12  # bytes that running a block forward and backward takes, for each byte of its input, at most
 
 
 @dataclass
@@ -39,6 +41,7 @@ class _Settings:
 
     operators: OperatorMode
     tile_dim: int | None  # 0: in tiles of samples, 1: of tokens, None: whole
+    later: float = 0.0  # bytes of codes that the blocks after this one will keep, for each byte of its input
     producer: nn.Module | None = None  # for activation functions: the module whose result nobody else reads
     certificates: dict[Any, tiling.Certificate] = field(default_factory=dict)
 
@@ -69,10 +72,12 @@ def _stock_class(module: nn.Module) -> type[nn.Module]:
 
 @functools.cache
 def _quantized_class(stock: type[nn.Module]) -> type[nn.Module]:
+    is_linear = stock is nn.Linear
+
     @functools.wraps(stock.forward)
     def forward(self, *args, **kwargs):
         settings = self._activation_settings
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or (is_linear and _is_frozen(self._parameters.get("weight"))):
             return stock.forward(self, *args, **kwargs)
 
         settings.operators.overwrites = settings.producer is not None and not (
@@ -89,6 +94,10 @@ def _quantized_class(stock: type[nn.Module]) -> type[nn.Module]:
 
     names = {name: getattr(stock, name) for name in ("__module__", "__qualname__", "__doc__")}
     return type(stock.__name__, (_Quantized, stock), {"forward": forward, **names})
+
+
+def _is_frozen(parameter: nn.Parameter | None) -> bool:
+    return parameter is not None and not parameter.requires_grad
 
 
 def quantize_activations(
@@ -115,16 +124,18 @@ def quantize_activations(
             "`config` must be an ActivationQuantizationConfig, a dict of its arguments or None, got "
             f"{type(config).__name__}."
         )
-    blocks = set(_blocks(model))
+    later = _later_codes(model, set(_blocks(model)))
     producers = _producers(model)
     for name, module in model.named_modules():
         if config.skips(name) or not _has_operators(module):
             _restore(module)
             continue
-        tile_dim = 0 if module in blocks else 1 if _is_mlp(module) else None
+        tile_dim = 0 if module in later else 1 if _is_mlp(module) else None
         module.__class__ = _quantized_class(_stock_class(module))
         producer = producers.get(module) if config.backend != "reference" else None
-        module._activation_settings = _Settings(OperatorMode(config, name), tile_dim, producer)
+        module._activation_settings = _Settings(
+            OperatorMode(config, name), tile_dim, later.get(module, 0.0), producer
+        )
     return model
 
 
@@ -169,6 +180,36 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
             else:
                 pending.append(child)
     return blocks
+
+
+def _later_codes(model: nn.Module, blocks: set[nn.Module]) -> dict[nn.Module, float]:
+    """{block: bytes of codes that the blocks after it will keep, for each byte of its input}, roughly.
+
+    A guess from the layers alone: half a byte for each value that a linear layer or a norm puts out, a bit for each of a
+    convolution; blocks of twice the width have a quarter of the positions.
+    """
+    known = [(block, *_width_and_codes(block)) for block in model.modules() if block in blocks]
+    later, codes = {}, 0.0  # of the blocks seen so far, from the end, where a block of width w has 1 / w^2 positions
+    for block, width, kept in reversed(known):
+        later[block] = codes * width / 4
+        codes += kept / max(width, 1) ** 2
+    return later
+
+
+def _width_and_codes(block: nn.Module) -> tuple[int, float]:
+    """(channels that a block reads, bytes that it keeps at a position)."""
+    width, codes = 0, 0.0
+    for module in block.modules():
+        if isinstance(module, nn.Linear):
+            read, kept = module.in_features, 0.5 * module.out_features
+        elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            read, kept = module.in_channels, module.out_channels / 8
+        elif isinstance(module, nn.LayerNorm):
+            read, kept = module.normalized_shape[-1], 0.5 * module.normalized_shape[-1]
+        else:
+            continue
+        width, codes = width or read, codes + kept
+    return width, codes
 
 
 def _any_inside(module: nn.Module, predicate) -> Iterator[bool]:
@@ -247,10 +288,14 @@ def _is_mlp(module: nn.Module) -> bool:
 
 def _in_tiles(module: nn.Module, settings: _Settings, whole, args: tuple, kwargs: dict) -> Any:
     """Run ``whole(*args, **kwargs)``, the forward pass of ``module``, in tiles if that is possible and pays."""
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     leaves = tree_leaves((args, kwargs))
-    size = _tile_size(module, settings, parameters, leaves)
-    masks = None if size is None else _masks(leaves, settings.tile_dim)
+    size = _tile_size(settings, leaves)
+    if size is None:
+        return whole(*args, **kwargs)
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if not _pays(module, parameters, leaves[0]):
+        return whole(*args, **kwargs)
+    masks = _masks(leaves, settings.tile_dim)
     if masks is None:
         return whole(*args, **kwargs)
     key = (module.training, len(parameters))
@@ -264,10 +309,8 @@ def _in_tiles(module: nn.Module, settings: _Settings, whole, args: tuple, kwargs
     return tiling.run_tiled(whole, args, kwargs, parameters, size, settings.tile_dim, masks, certificate.draws)
 
 
-def _tile_size(
-    module: nn.Module, settings: _Settings, parameters: list[nn.Parameter], leaves: list[Any]
-) -> int | None:
-    """Rows of a tile, or None if the module has to run, or better runs, whole."""
+def _tile_size(settings: _Settings, leaves: list[Any]) -> int | None:
+    """Rows of a tile, or None if one would hold all rows, or the module has to run whole."""
     dim, tiles = settings.tile_dim, settings.config.mlp_tiles
     if not leaves or not isinstance(leaves[0], Tensor) or leaves[0].dim() < dim + 2 or leaves[0].numel() == 0:
         return None
@@ -275,19 +318,24 @@ def _tile_size(
     count = x.shape[dim]
     if settings.config.backend == "reference":  # bit for bit the stock forward, which matrix products of tiles are not
         return None
-    if not (x.requires_grad or parameters):
-        return None
-    if sum(parameter.nbytes for parameter in parameters) > x.nbytes:  # their gradients are added up tile after tile
-        return None
     if tiles == "auto":
-        size = -(-_TILE_BYTES.get(x.device.type, _DEFAULT_TILE_BYTES) * count // x.nbytes)
-    else:
-        size = count if tiling.inside_tile() else -(-count // tiles)
-    if size >= count:
+        # Memory peaks where all codes are kept, in the last blocks; those before them have that much more room.
+        room = _TILE_BYTES.get(x.device.type, _DEFAULT_TILE_BYTES) + settings.later * x.nbytes / _WORKING_SET
+        tiles = math.ceil(x.nbytes / room)
+    elif tiling.inside_tile():
         return None
-    if any(parameter._backward_hooks for parameter in parameters) or _is_observed(module):  # would fire for every tile
-        return None
-    return size
+    size = -(-count // tiles)
+    return size if size < count else None
+
+
+def _pays(module: nn.Module, parameters: list[nn.Parameter], x: Tensor) -> bool:
+    """Whether running in tiles saves memory, and goes unnoticed by hooks."""
+    if not (x.requires_grad or parameters):
+        return False
+    if sum(parameter.nbytes for parameter in parameters) > x.nbytes:  # their gradients are added up tile after tile
+        return False
+    # hooks would fire for every tile
+    return not any(parameter._backward_hooks for parameter in parameters) and not _is_observed(module)
 
 
 def _masks(leaves: list[Any], dim: int) -> list[int] | None:
