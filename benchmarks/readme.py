@@ -103,8 +103,8 @@ def accuracy(data: Result, path: Path) -> list[str]:
     seeds = {row["seed"] for row in data["runs"] if row["split"] == "test"}
     about = (
         f"DINOv2-small, {setting['train_images']:,} training images of {setting['image_size']} x {setting['image_size']}, "
-        f"{setting['epochs']} epochs, {setting['test_images']:,} test images (digits: 797); mean and standard deviation over "
-        f"{len(seeds)} seeds, on {hardware(data)}. S2A without a number of bits keeps 4."
+        f"{setting['epochs']} epochs, {setting['test_images']:,} test images{' (digits: 797)' if 'digits' in datasets else ''}; mean and standard deviation over "
+        f"{len(seeds)} seeds, on {hardware(data)}. S2A without a number of bits keeps 4; calibrated bits fit into three quarters of that."
     )
     sentence = (
         "on {}, 4 bits change S2A's accuracy by {difference:+.2f} ± {standard_error:.2f} points (mean over {seeds} pairs of runs "
