@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import ops
@@ -301,7 +302,8 @@ class _Attention(torch.autograd.Function):
                 for x in (key, value)
             ),
         ]
-        ctx.save_for_backward(*codes[0], *codes[1], *codes[2], *(mask_terms or (mask, None)), random_state)
+        kept, ctx.mask_shapes = zip(*map(_kept_mask, mask_terms or (mask, None)))
+        ctx.save_for_backward(*codes[0], *codes[1], *codes[2], *kept[0], *kept[1], random_state)
         ctx.dropout_p, ctx.is_causal, ctx.scale, ctx.dim = dropout_p, is_causal, scale, query.shape[-1]
         ctx.quantizer = quantizer
         ctx.shapes = [x.shape for x in (query, key, value)]
@@ -311,7 +313,10 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         _refuse_double_backward()
-        *codes, mask, other_term, random_state = ctx.saved_tensors
+        *codes, first, first_values, second, second_values, random_state = ctx.saved_tensors
+        mask, other_term = (
+            _restored_mask(*term) for term in zip((first, second), (first_values, second_values), ctx.mask_shapes)
+        )
         if other_term is not None:
             mask = mask + other_term
         if random_state is not None:
@@ -338,6 +343,26 @@ class _Attention(torch.autograd.Function):
         ]
         d_mask = d_mask.view(mask.shape).to(mask.dtype) if mask_wanted else None
         return (*grads, d_mask, None, None, None, None, None)
+
+
+def _kept_mask(mask: Tensor | None) -> tuple[tuple[Tensor | None, Tensor | None], torch.Size | None]:
+    """(what is kept of an attention mask, its two values) and its shape: one bit a value for an additive mask of samples or windows,
+    equal for all heads, that has two values; the mask itself otherwise."""
+    if mask is None or mask.requires_grad or mask.dim() != 4 or not mask.shape[0] > mask.shape[1] == 1:
+        return (mask, None), None
+    if mask.dtype == torch.bool or torch.compiler.is_compiling():
+        return (mask, None), None
+    values = torch.stack(mask.aminmax())
+    upper = mask == values[1]
+    if not is_fake(mask) and not (upper | (mask == values[0])).all():
+        return (mask, None), None
+    return (pack(upper.view(1, -1).to(torch.uint8), 1), values), mask.shape
+
+
+def _restored_mask(kept: Tensor | None, values: Tensor | None, shape: torch.Size | None) -> Tensor | None:
+    if values is None:
+        return kept
+    return values[unpack(kept, 1, shape.numel()).to(torch.int32)].view(shape)
 
 
 def _random_state(device: torch.device) -> Tensor:

@@ -32,7 +32,7 @@ _LEFT_ALONE = (*_LISTS, nn.Sequential, nn.Identity, nn.Embedding, PreTrainedMode
 # Bytes of a tile's input: enough work for one launch of its operators, few enough to keep the working set small.
 _TILE_BYTES = {"cpu": 2**20}
 _DEFAULT_TILE_BYTES = 2**24
-_WORKING_SET = 12  # bytes that running a block forward and backward takes, for each byte of its input, at most
+_WORKING_SET = 16  # bytes that running a block forward and backward takes, for each byte of its input, at most
 
 
 @dataclass
@@ -133,9 +133,7 @@ def quantize_activations(
         tile_dim = 0 if module in later else 1 if _is_mlp(module) else None
         module.__class__ = _quantized_class(_stock_class(module))
         producer = producers.get(module) if config.backend != "reference" else None
-        module._activation_settings = _Settings(
-            OperatorMode(config, name), tile_dim, later.get(module, 0.0), producer
-        )
+        module._activation_settings = _Settings(OperatorMode(config, name), tile_dim, later.get(module, 0.0), producer)
     return model
 
 

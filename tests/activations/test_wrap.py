@@ -11,6 +11,7 @@ from families import batch, build, logits
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from transformers import ViTConfig, ViTForImageClassification
 
 from peft_s2a.activations import tiling, wrap
 from peft_s2a.activations.config import ActivationQuantizationConfig
@@ -351,7 +352,20 @@ class TestTiles:
         assert not tiles_run
         monkeypatch.setitem(wrap._TILE_BYTES, "cpu", 17 * 32 * 4)
         logits(vit, images)
-        assert tiles_run == [(0, 1)] * 3
+        assert [dim for dim, _ in tiles_run] == [0, 0, 0]
+        assert tiles_run[-1] == (0, 1)
+
+    def test_tiles_are_larger_the_more_codes_are_still_to_come(self, tiles_run, monkeypatch):
+        monkeypatch.setitem(wrap._TILE_BYTES, "cpu", 1)
+        monkeypatch.setattr(wrap, "_WORKING_SET", 4)
+        config = ViTConfig(hidden_size=32, intermediate_size=64, num_attention_heads=2, image_size=32, num_labels=3)
+        vit = ViTForImageClassification(config).requires_grad_(False)
+        vit.vit.embeddings.cls_token.requires_grad_(True)
+        vit(torch.randn(16, 3, 32, 32))  # nothing quantised: whole
+        assert not tiles_run
+        quantize_activations(vit)(torch.randn(16, 3, 32, 32))
+        sizes = [size for dim, size in tiles_run if dim == 0]
+        assert sizes == sorted(sizes, reverse=True) and sizes[-1] == 1 < sizes[0]
 
     def test_trained_weights_run_whole(self, tiles_run):
         vit = quantize_activations(build("vit"), tiled())

@@ -392,13 +392,34 @@ static void NAME(step_codes)(const T *x, long n, const float *thresholds, const 
                              uint8_t *codes) {
     float values[BLOCK];
     int32_t sums[BLOCK];
-    for (long i = 0; i < n; i++) values[i] = LOAD(x[i]), sums[i] = first;
+    long i = 0;
+    for (long k = 0; k < n; k++) values[k] = LOAD(x[k]);
+#ifdef __AVX512F__ /* a binary search in registers: up to 31 thresholds fit into two */
+    if (count < 32) {
+        vector16 edges[2];
+        index16 table[2];
+        for (int t = 0, code = first; t < 32; t++) {
+            edges[t / 16][t % 16] = t < count ? thresholds[t] : INFINITY;
+            table[t / 16][t % 16] = code;
+            code += t < count ? deltas[t] : 0;
+        }
+        for (; i + 16 <= n; i += 16) {
+            vector16 v = *(loose16 *)(values + i);
+            index16 below = {0};
+            for (int step = 16; step; step /= 2)
+                below += (v > __builtin_shuffle(edges[0], edges[1], below + (step - 1))) & step;
+            bytes16 found = __builtin_convertvector(__builtin_shuffle(table[0], table[1], below), bytes16);
+            memcpy(codes + i, &found, 16);
+        }
+    }
+#endif
+    for (long k = i; k < n; k++) sums[k] = first;
     for (int t = 0; t < count; t++) {
         float threshold = thresholds[t];
         int32_t delta = deltas[t];
-        for (long i = 0; i < n; i++) sums[i] += values[i] > threshold ? delta : 0;
+        for (long k = i; k < n; k++) sums[k] += values[k] > threshold ? delta : 0;
     }
-    for (long i = 0; i < n; i++) codes[i] = (uint8_t)sums[i];
+    for (; i < n; i++) codes[i] = (uint8_t)sums[i];
 }
 
 EXPORT void NAME(encode_steps)(const T *x, long count, const float *thresholds, const int32_t *deltas, int n_thresholds,
