@@ -308,6 +308,20 @@ class TestOperators:
         (expected,) = torch.autograd.grad(function(x).square().sum(), x)
         assert (actual - expected).norm() < 0.05 * expected.norm()
 
+    def test_two_valued_masks_of_windows_are_kept_in_bits(self):
+        _, x = inputs(8, 4, TOKENS, WIDTH)
+        bias = torch.randn(1, 4, TOKENS, TOKENS, dtype=torch.double)
+        windows = torch.where(torch.rand(8, 1, TOKENS, TOKENS) > 0.5, 0.0, -100.0).double()
+        kept = []
+        with mode(bits=8), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            y = F.scaled_dot_product_attention(x, x, x, attn_mask=bias + windows)
+        assert not any(t.shape == windows.shape for t in kept)
+        assert any(t.dtype == torch.uint8 and t.numel() == -(-windows.numel() // 8) for t in kept)
+        (actual,) = torch.autograd.grad(y.square().sum(), x)
+        expected = F.scaled_dot_product_attention(x, x, x, attn_mask=bias + windows).square().sum()
+        (expected,) = torch.autograd.grad(expected, x)
+        assert (actual - expected).norm() < 0.05 * expected.norm()
+
     def test_trained_linear_inputs_are_compressed_on_request_only(self):
         linear = nn.Linear(WIDTH, WIDTH).double()
         _, x = inputs(BATCH, TOKENS, WIDTH)
