@@ -166,10 +166,11 @@ def plans(data: Result, path: Path) -> list[str]:
         "s2a-ladder": "ladder",
     }
     found = {(row["model"], row["method"]): row for row in data["rows"]}
+    methods = {name: title for name, title in methods.items() if any(name == method for _, method in found)}
 
     def cell(model: str, method: str) -> str:
-        row = found.get((model, method))
-        if row is None or "skipped" in row:
+        row = found[model, method]
+        if "skipped" in row:
             return "not supported"
         return f"{row['peak_bytes'] / 2**30:.1f} GiB, {row['largest_batch_size'] or 'none'}"
 
