@@ -91,16 +91,22 @@ def memory(data: Result, path: Path) -> list[str]:
 def accuracy(data: Result, path: Path) -> list[str]:
     """Accuracy beside memory, and what quantisation costs."""
     datasets = list(dict.fromkeys(row["dataset"] for row in data["runs"] if row["split"] == "test"))
+    seeds = {row["seed"] for row in data["runs"] if row["split"] == "test"}
     rows = []
     for row in data["memory"]:
         values = [list(accuracies(data, dataset, row["method"]).values()) for dataset in datasets]
         if not any(values):
             continue
-        percent = ("{:.1f} ± {:.1f}".format(*mean_and_deviation(found)) if found else "" for found in values)
+        percent = (
+            "{:.1f} ± {:.1f}".format(*mean_and_deviation(found))
+            + (f" ({len(found)} seeds)" if len(found) < len(seeds) else "")
+            if found
+            else ""
+            for found in values
+        )
         saved, peak = f"{row['saved_bytes_per_image'] / MiB:.2f}", f"{row['peak_bytes'] / MiB:.0f}"
         rows.append((row["method"], f"{row['trainable']:,}", saved, peak, *percent))
     setting = data["setting"]
-    seeds = {row["seed"] for row in data["runs"] if row["split"] == "test"}
     about = (
         f"DINOv2-small, {setting['train_images']:,} training images of {setting['image_size']} x {setting['image_size']}, "
         f"{setting['epochs']} epochs, {setting['test_images']:,} test images{' (digits: 797)' if 'digits' in datasets else ''}; mean and standard deviation over "
