@@ -332,6 +332,10 @@ def _pays(module: nn.Module, parameters: list[nn.Parameter], x: Tensor) -> bool:
         return False
     if sum(parameter.nbytes for parameter in parameters) > x.nbytes:  # their gradients are added up tile after tile
         return False
+    if any(
+        getattr(layer, "is_read_later", False) and layer.get_base_layer() is not module for layer in module.modules()
+    ):
+        return False  # what it noted of the last tile would be taken for the whole
     # hooks would fire for every tile
     return not any(parameter._backward_hooks for parameter in parameters) and not _is_observed(module)
 

@@ -8,7 +8,7 @@ with the events of PyTorch's allocator (2.13, oneDNN on x86-64 with AVX-512 and 
   that are channels-last are not copied, weights are. Gradients of half-precision weights are accumulated in float32.
 * Kernels that work on contiguous tensors copy inputs that are not.
 
-* The backward pass of quantised attention recomputes probabilities, a tile at a time. The other quantised operators are
+* The backward pass of quantised attention decodes and recomputes, one head a thread at a time. The other quantised operators are
   taken to be fused; the reference backend allocates more than is estimated.
 
 All sizes are in bytes, and come on top of what is live once the operator has returned.
@@ -93,14 +93,18 @@ def _convolution_backward(args: tuple, output: tuple) -> int:
 
 
 def _attention_backward(args: tuple, output: tuple) -> int:
-    """One tile of `peft_s2a.activations.backends.attention`: decoded operands and four matrices of probabilities."""
+    """The fused kernel's room for one head a thread; a tile of `backends.attention` where the mask wants a gradient."""
+    from peft_s2a.activations.backends import compiled
     from peft_s2a.activations.backends.attention import _tiles
 
     grad, _, key = args[:3]
+    dim, mask_wanted = args[9:11]
     samples, heads, length, width = grad.shape
     keys = key[0].shape[2]
     if 0 in (samples, heads, length, keys):
         return 0
+    if not mask_wanted and grad.dtype is not torch.float64 and compiled.library() is not None:
+        return 4 * torch.get_num_threads() * compiled.attention_workspace(length, keys, dim, width)
     tile_samples, tile_heads, rows = next(_tiles(samples, heads, length, keys, grad))
     tiles = min(tile_samples.stop, samples) * min(tile_heads.stop, heads)
     probabilities = tiles * (rows[0].stop - rows[0].start) * keys

@@ -43,6 +43,8 @@ class LadderRung(_LadderBase):
     attribute = "ladder_adapter"
     adapter_layer_names = ("s2a_mix", "s2a_shift")
     other_param_names = ("s2a_down",)
+    is_read_later = True
+    """What it notes of its host's input is read behind modules that contain the host, so these run whole, not in tiles."""
 
     def __init__(self, host: nn.Module) -> None:
         super().__init__(host)

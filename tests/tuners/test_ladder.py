@@ -12,6 +12,7 @@ from saved import saved_tensors
 from torch import nn
 
 from peft_s2a import S2AConfig, S2ASideConfig
+from peft_s2a.activations import wrap
 from peft_s2a.tuners.ladder import LadderRung, LadderTop, resample
 
 
@@ -46,6 +47,21 @@ def test_output_is_the_formula():
     joined = features[0] + 16.0 / RANK * h.mean(1) @ top.s2a_up["default"].T
     expected = base.classifier.modules_to_save["default"](joined)
     torch.testing.assert_close(model(images).logits, expected)
+
+
+@pytest.mark.parametrize("family", ["vit", "swin"])
+def test_tiles_of_blocks_and_stages_leave_the_ladder_whole(family, monkeypatch):
+    images, labels = families.batch(family)
+    gradients = []
+    for tile_bytes in (2**30, 1):
+        monkeypatch.setitem(wrap._TILE_BYTES, "cpu", tile_bytes)
+        torch.manual_seed(0)
+        model = get_peft_model(families.build(family), S2ASideConfig(side_mode="ladder", init_weights=False)).train()
+        torch.manual_seed(0)
+        F.cross_entropy(families.logits(model, images), labels).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    for name, expected in gradients[0].items():
+        assert torch.allclose(gradients[1][name], expected, rtol=0.1, atol=0.02 * expected.abs().max().item()), name
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)

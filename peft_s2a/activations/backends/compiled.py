@@ -308,8 +308,7 @@ def attention_backward(
         mask = mask.to(torch.float32).expand(samples, heads, length, keys)
     if d_key.numel() or d_value.numel() or d_query.numel():
         threads = torch.get_num_threads()
-        size = library().attention_workspace(*_long(length, keys, dim, value_dim))
-        room = grad.new_empty(threads * size, dtype=torch.float32)
+        room = grad.new_empty(threads * attention_workspace(length, keys, dim, value_dim), dtype=torch.float32)
         coded = [[part.contiguous() for part in parts] for parts in (query, key, value)]
         kernel(
             _pointer(grad), (ctypes.c_long * 3)(*grad.stride()[:3]),
@@ -319,6 +318,11 @@ def attention_backward(
             _pointer(d_query), _pointer(d_key), _pointer(d_value), _pointer(room), threads,
         )  # fmt: skip
     return d_query, d_key, d_value, grad.new_empty(0, dtype=torch.float32)
+
+
+def attention_workspace(length: int, keys: int, dim: int, value_dim: int) -> int:
+    """Float32 values that each thread of `attention_backward` needs room for."""
+    return library().attention_workspace(*_long(length, keys, dim, value_dim))
 
 
 def prompt_attention(attended: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
