@@ -296,7 +296,8 @@ class _MeasuringMode(OperatorMode):
     """Runs the stock operators, and has those measured that keep codes otherwise."""
 
     def __init__(self, study: _Study, module_name: str) -> None:
-        super().__init__(study.config, module_name)
+        # in tiles, what follows a tile could not be reached
+        super().__init__(replace(study.config, mlp_tiles=1), module_name)
         self.study = study
 
     def quantizer(self, kind: str):

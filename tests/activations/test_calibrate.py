@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from peft_s2a import S2AConfig
+from peft_s2a.activations import wrap
 from peft_s2a.activations.calibrate import calibrate_activations, pareto_front
 from peft_s2a.activations.codec import WIDTHS
 from peft_s2a.activations.config import ActivationQuantizationConfig
@@ -239,6 +240,12 @@ class TestResult:
 
     def test_is_the_same_every_time(self, vit):
         assert calibrate(vit, 0.8) == calibrate(vit, 0.8)
+
+    def test_is_the_same_for_a_model_that_runs_in_tiles(self, vit, monkeypatch):
+        config = ActivationQuantizationConfig(mlp_tiles="auto")
+        whole = calibrate(vit, 0.8, config=config)
+        monkeypatch.setitem(wrap._TILE_BYTES, "cpu", 1)
+        assert calibrate(vit, 0.8, config=config) == whole
 
     def test_uses_only_the_widths_allowed(self, vit):
         assert {*calibrate(vit, 0.8, widths=(2, 3)).bits.values()} == {2, 3, 4}  # 4: what is not measured
