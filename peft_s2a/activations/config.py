@@ -22,8 +22,8 @@ class ActivationQuantizationConfig:
             or the end of one ("mlp.activation"), goes before a kind, a longer name before a shorter one; "name:kind" is for the
             operators of one kind in that module and goes before the name alone. What is not named gets "default", else 4.
             Piecewise-linear activation functions, max pooling and dropout are exact and ignore it.
-        group_size: neighbouring values that share bounds, which take two bytes and a quarter. None: 16 for attention, whose gradients suffer
-            most from coarse groups, 32 elsewhere.
+        group_size: neighbouring values that share bounds, which take two bytes and a quarter. None: 16 for attention, whose
+            gradients suffer most from coarse groups, 32 elsewhere.
         rounding: "nearest", or "stochastic": unbiased, seeded by torch's default CPU generator.
         levels: fitted derivative levels of activation functions: a dict from module name (or its end) to ``2 ** bits``
             ascending numbers. None: the shipped tables.
