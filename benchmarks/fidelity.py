@@ -2,10 +2,11 @@
 
     python benchmarks/fidelity.py CACHE
 
-DINOv2-small (`dinov2.py` puts it into CACHE) with a random head for ten classes. Images: Fashion-MNIST (Debian's package
-dataset-fashion-mnist) and scikit-learn's handwritten digits, resized. The gradients of all biases and norm scales are compared with
-those of the unquantised model on the same batch: cosine and relative error over all of them together, means over batches.
-One operator kind at a time at every width (the others at 8 bits, next to which their errors do not count), and the whole model.
+DINOv2-small (`dinov2.py` puts it into CACHE) with a random head for ten classes. Images: Fashion-MNIST (Debian's
+package dataset-fashion-mnist) and scikit-learn's handwritten digits, resized. The gradients of all biases and norm
+scales are compared with those of the unquantised model on the same batch: cosine and relative error over all of them
+together, means over batches. One operator kind at a time at every width (the others at 8 bits, next to which their
+errors do not count), and the whole model.
 
 Writes `benchmarks/results/fidelity-<setting>-<device>.json`, and beside it a plot (.png).
 """

@@ -16,7 +16,7 @@ MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.2
 
 
 def fashion_mnist(split: str, folder: Path = FASHION_MNIST) -> tuple[Tensor, Tensor]:
-    """Grey images ``[N, 28, 28]`` in [0, 1] and labels ``[N]``, 0-9 (Xiao et al. 2017): "train" (60,000) or "test" (10,000).
+    """Grey images ``[N, 28, 28]`` in [0, 1], labels ``[N]``, 0-9 (Xiao et al. 2017): 60,000 "train" or 10,000 "test".
 
     Raises:
         FileNotFoundError: if the files are not there.

@@ -3,10 +3,10 @@
     python benchmarks/kernel_speed.py                              # every operator, every backend found
     python benchmarks/kernel_speed.py gelu layer_norm --rounds 50
 
-Operators work on tensors as in ViT-B/16 and ResNet-50 at the given batch size. Forward and backward pass are timed apart, stock
-and quantised versions and a plain copy in turn; figures are medians over rounds. The limit is the time in which a copy at the
-measured speed would move the bytes that a pass cannot do without: its inputs, its results, and the codes it writes or
-reads. Attention is bound by arithmetic rather than by bandwidth, and given for comparison.
+Operators work on tensors as in ViT-B/16 and ResNet-50 at the given batch size. Forward and backward pass are timed
+apart, stock and quantised versions and a plain copy in turn; figures are medians over rounds. The limit is the time in
+which a copy at the measured speed would move the bytes that a pass cannot do without: its inputs, its results, and the
+codes it writes or reads. Attention is bound by arithmetic rather than by bandwidth, and given for comparison.
 
 Writes `benchmarks/results/kernels-<setting>-<device>.json`, and beside it a plot (.png).
 """
@@ -41,7 +41,7 @@ TOKENS, WIDTH, HEADS = 197, 768, 12  # of ViT-B/16 at 224 x 224
 
 @dataclass(frozen=True)
 class Operator:
-    """An operator on ``inputs`` tensors of one shape: the stock one, and the one that keeps codes (given ``quantizer=``)."""
+    """An operator on ``inputs`` tensors of one shape: the stock one, and that which keeps codes (of ``quantizer``)."""
 
     shape: Callable[[int], tuple[int, ...]]
     stock: Function
@@ -86,10 +86,14 @@ OPERATORS: dict[str, Operator] = {
     "batch_norm": Operator(maps(256, 28), live_batch_norm, live_batch_norm),
     "attention": Operator(heads, F.scaled_dot_product_attention, functional.scaled_dot_product_attention, 3),
     "softmax": Operator(
-        lambda batch: (batch, HEADS, TOKENS, TOKENS), lambda x: x.softmax(-1), lambda x, **q: functional.softmax(x, -1, **q)
+        lambda batch: (batch, HEADS, TOKENS, TOKENS),
+        lambda x: x.softmax(-1),
+        lambda x, **q: functional.softmax(x, -1, **q),
     ),
     "gated_silu": Operator(
-        tokens(4 * WIDTH), lambda gate, up: F.silu(gate) * up, lambda a, b, **q: functional.gated_activation(a, b, "silu", **q),
+        tokens(4 * WIDTH),
+        lambda gate, up: F.silu(gate) * up,
+        lambda gate, up, **q: functional.gated_activation(gate, up, "silu", **q),
         2,
     ),
     "max_pool2d": Operator(

@@ -2,8 +2,8 @@
 
     python benchmarks/readme.py
 
-A section shows every result file of its question, so results of different hardware stand beside each other, each with its own
-note. Reduced runs (`make benchmark`) are left out. Sections without a result file stay empty.
+A section shows every result file of its question, so results of different hardware stand beside each other, each with
+its own note. Reduced runs (`make benchmark`) are left out. Sections without a result file stay empty.
 """
 
 from __future__ import annotations
@@ -52,10 +52,16 @@ def demo(data: Result, path: Path) -> list[str]:
         "training, s",
     )
     rows = [
-        (row["method"], row["accuracy"], f"{row['trainable']:,}", f"{row['saved_kib_per_image']:,}", f"{row['peak_mib']}",
-         f"{row['seconds']}")
+        (
+            row["method"],
+            row["accuracy"],
+            f"{row['trainable']:,}",
+            f"{row['saved_kib_per_image']:,}",
+            f"{row['peak_mib']}",
+            f"{row['seconds']}",
+        )
         for row in data["rows"]
-    ]  # fmt: skip
+    ]
     about = f"`make demo`, mean and standard deviation over {data['seeds']} seeds, on {hardware(data)}."
     return [table(header, rows), note(data, about)]
 
@@ -81,9 +87,9 @@ def memory(data: Result, path: Path) -> list[str]:
     ]
     header = ("backbone", "method", "kept for backward, MiB/image", "peak, MiB", "peak / LoRA", "step time / LoRA")
     about = (
-        f"Batch {batch_size}, 224 x 224, {'bfloat16 autocast' if autocast else 'fp32'}, on {hardware(data)}. Peak: what a "
-        "training step adds to parameters, optimiser state and batch. Checkpointing is missing where the model class does "
-        "not support it."
+        f"Batch {batch_size}, 224 x 224, {'bfloat16 autocast' if autocast else 'fp32'}, on {hardware(data)}. Peak: "
+        "what a training step adds to parameters, optimiser state and batch. Checkpointing is missing where the "
+        "model class does not support it."
     )
     return [table(header, cells), note(data, about), picture(path, "peak and step time by method")]
 
@@ -108,13 +114,15 @@ def accuracy(data: Result, path: Path) -> list[str]:
         rows.append((row["method"], f"{row['trainable']:,}", saved, peak, *percent))
     setting = data["setting"]
     about = (
-        f"DINOv2-small, {setting['train_images']:,} training images of {setting['image_size']} x {setting['image_size']}, "
-        f"{setting['epochs']} epochs, {setting['test_images']:,} test images{' (digits: 797)' if 'digits' in datasets else ''}; mean and standard deviation over "
-        f"{len(seeds)} seeds, on {hardware(data)}. S2A without a number of bits keeps 4; calibrated bits fit into three quarters of that."
+        f"DINOv2-small, {setting['train_images']:,} training images of {setting['image_size']} x "
+        f"{setting['image_size']}, {setting['epochs']} epochs, {setting['test_images']:,} test "
+        f"images{' (digits: 797)' if 'digits' in datasets else ''}; mean and standard deviation over {len(seeds)} "
+        f"seeds, on {hardware(data)}. S2A without a number of bits keeps 4; calibrated bits fit into three quarters "
+        "of that."
     )
     sentence = (
-        "on {}, 4 bits change S2A's accuracy by {difference:+.2f} ± {standard_error:.2f} points (mean over {seeds} pairs of runs "
-        "and its standard error; one seed's standard deviation is {seed_noise:.2f})"
+        "on {}, 4 bits change S2A's accuracy by {difference:+.2f} ± {standard_error:.2f} points (mean over {seeds} "
+        "pairs of runs and its standard error; one seed's standard deviation is {seed_noise:.2f})"
     )
     found = {dataset: cost_of_quantisation(data, dataset) for dataset in datasets}
     costs = [sentence.format(dataset, **cost) for dataset, cost in found.items() if cost]
@@ -134,8 +142,8 @@ def fidelity(data: Result, path: Path) -> list[str]:
     ]
     about = (
         f"Cosine between the quantised and the exact gradient of all biases and norm scales, DINOv2-small, mean over "
-        f"{data['settings']['batches']} batches of Fashion-MNIST and digits; single kinds with the others at 8 bits. On "
-        f"{hardware(data)}."
+        f"{data['settings']['batches']} batches of Fashion-MNIST and digits; single kinds with the others at 8 bits. "
+        f"On {hardware(data)}."
     )
     return [table(("operator", *(f"{bits} bits" for bits in widths)), cells), note(data, about)]
 
@@ -150,7 +158,8 @@ def kernels(data: Result, path: Path) -> list[str]:
             continue
         base = stock[row["operator"]]
         times = (
-            f"{1e3 * base[f'{phase}_seconds']:.2f} / {1e3 * row[f'{phase}_seconds']:.2f} / {1e3 * row[f'{phase}_limit_seconds']:.2f}"
+            f"{1e3 * base[f'{phase}_seconds']:.2f} / {1e3 * row[f'{phase}_seconds']:.2f} / "
+            f"{1e3 * row[f'{phase}_limit_seconds']:.2f}"
             for phase in ("forward", "backward")
         )
         cells.append((row["operator"], f"{base['kept_bytes'] / row['kept_bytes']:.1f}x less", *times))
@@ -183,8 +192,9 @@ def plans(data: Result, path: Path) -> list[str]:
     models = dict.fromkeys(row["model"] for row in data["rows"])
     settings = data["settings"]
     about = (
-        f"`peft-s2a plan`: estimated peak of a training step at batch {settings['batch_size']}, parameters and optimiser "
-        f"included, and the largest batch in {settings['budget_bytes'] / 2**30:.0f} GiB; fp32, for the kernels of CPUs."
+        f"`peft-s2a plan`: estimated peak of a training step at batch {settings['batch_size']}, parameters and "
+        f"optimiser included, and the largest batch in {settings['budget_bytes'] / 2**30:.0f} GiB; fp32, for the "
+        "kernels of CPUs."
     )
     rows = [(model, *(cell(model, method) for method in methods)) for model in models]
     return [table(("model", *methods.values()), rows), note(data, about)]

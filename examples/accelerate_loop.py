@@ -4,9 +4,10 @@
     accelerate launch --num_processes 2 examples/accelerate_loop.py --train_dir photos/train --method s2a
     accelerate launch --multi_gpu --num_processes 2 examples/accelerate_loop.py --cpu --train_dir photos/train
 
-The last line runs two processes on the CPU, over gloo: `--multi_gpu` is what makes `accelerate launch` start torch's launcher.
-`--batch_size` counts the images of all processes together, and which images make a batch depends on `--seed` alone, so
-one process and several compute the same steps (up to rounding, and to augmentation, which each process draws for itself).
+The last line runs two processes on the CPU, over gloo: `--multi_gpu` is what makes `accelerate launch` start torch's
+launcher. `--batch_size` counts the images of all processes together, and which images make a batch depends on `--seed`
+alone, so one process and several compute the same steps (up to rounding, and to augmentation, which each process draws
+for itself).
 """
 
 import math

@@ -2,14 +2,15 @@
 
     python examples/demo.py
 
-The small ViT in `examples/backbone` was pretrained on Fashion-MNIST. Here it learns scikit-learn's handwritten digits (real
-scans of 8 x 8 pixels, UCI "Optical Recognition of Handwritten Digits") from 1,000 images with S2A, LoRA, a linear probe and
-in full; the other 797 are for testing. One table compares accuracy and memory. Then the S2A adapter is saved and loaded
-by `inference.py`, in a process of its own, which must classify test images just as the trained model did.
+The small ViT in `examples/backbone` was pretrained on Fashion-MNIST. Here it learns scikit-learn's handwritten digits
+(real scans of 8 x 8 pixels, UCI "Optical Recognition of Handwritten Digits") from 1,000 images with S2A, LoRA, a
+linear probe and in full; the other 797 are for testing. One table compares accuracy and memory. Then the S2A adapter
+is saved and loaded by `inference.py`, in a process of its own, which must classify test images just as the trained
+model did.
 
-Every method gets the same epochs, batches, schedule and optimizer (AdamW), and the learning rate below. To search them on
-equal terms, `python examples/demo.py --search` tries five rates for each method, trained on 800 of the training images and
-compared on the other 200, mean of the seeds. The test images are not used there.
+Every method gets the same epochs, batches, schedule and optimizer (AdamW), and the learning rate below. To search them
+on equal terms, `python examples/demo.py --search` tries five rates for each method, trained on 800 of the training
+images and compared on the other 200, mean of the seeds. The test images are not used there.
 """
 
 import json
@@ -197,8 +198,8 @@ def reload_and_classify(model: PeftModel, images: list[Image.Image], test: list[
         raise RuntimeError(f"The reloaded adapter says {reloaded}, the trained model said {trained}.")
     right = sum(LABELS[item["labels"]] == label for item, label in zip(test, reloaded, strict=False))
     return (
-        f"{adapter} ({(adapter / 'adapter_model.safetensors').stat().st_size / 2**10:.0f} KiB), loaded in a new process, "
-        f"classifies {right} of {len(images)} test digits right, every one as the trained model did."
+        f"{adapter} ({(adapter / 'adapter_model.safetensors').stat().st_size / 2**10:.0f} KiB), loaded in a new "
+        f"process, classifies {right} of {len(images)} test digits right, every one as the trained model did."
     )
 
 

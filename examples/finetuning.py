@@ -199,7 +199,7 @@ def lora_targets(model: PreTrainedModel) -> list[str]:
 
 
 def _s2a_options(args: MethodArguments, *names: str) -> dict[str, Any]:
-    """What all S2A configurations take, and those of the options `names` that were set: the others have defaults there."""
+    """What all S2A configurations take, and those options in `names` that were set: the others have defaults there."""
     options = {name: getattr(args, name) for name in ("target_modules", *names) if getattr(args, name) is not None}
     quantization = ActivationQuantizationConfig(bits=args.activation_bits) if args.activation_bits else None
     return {"activation_quantization": quantization, **options}

@@ -4,9 +4,10 @@
     python examples/image_classification.py --train_dir photos/train --validation_dir photos/val \\
         --model_name_or_path facebook/dinov2-small --method s2a_side --side_rank 16 --num_train_epochs 10
 
-All of `TrainingArguments` is understood: `--bf16`, `--gradient_accumulation_steps`, `--push_to_hub`, and so on. A run that
-was cut off goes on with `--resume_from_checkpoint last`. On several GPUs: `accelerate launch` or `torchrun` instead of
-`python`. The output folder holds what `examples/inference.py` needs: the adapter, the labels and the image processor.
+All of `TrainingArguments` is understood: `--bf16`, `--gradient_accumulation_steps`, `--push_to_hub`, and so on. A run
+that was cut off goes on with `--resume_from_checkpoint last`. On several GPUs: `accelerate launch` or `torchrun`
+instead of `python`. The output folder holds what `examples/inference.py` needs: the adapter, the labels and the image
+processor.
 """
 
 import time
@@ -58,8 +59,8 @@ def main() -> None:
         args.learning_rate = METHODS[method_args.method].learning_rate
     if args.resume_from_checkpoint == "last":  # none yet: a run that starts now
         args.resume_from_checkpoint = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
-    # The transform makes the columns the model takes, so Trainer must not drop the others before it; and it cannot read
-    # the name of the labels off a PeftModel.
+    # The transform makes the columns the model takes, so Trainer must not drop the others before it; and it cannot
+    # read the name of the labels off a PeftModel.
     args.remove_unused_columns = False
     args.label_names = ["labels"]
     set_seed(args.seed)

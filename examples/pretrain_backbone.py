@@ -4,9 +4,9 @@
 
 The data are the four idx files of Zalando's Fashion-MNIST (MIT licence), as Debian's package
 `dataset-fashion-mnist` installs them. Standard recipe: random crop and horizontal flip, label smoothing,
-AdamW, linear warm-up, cosine decay; the matrices of the encoder are trained by Muon (Jordan et al. 2024, with the update
-scale of Liu et al. 2025, arXiv:2502.16982), which here learns much more from each of the few epochs than AdamW alone.
-The test images are looked at once, after training, through the saved files.
+AdamW, linear warm-up, cosine decay; the matrices of the encoder are trained by Muon (Jordan et al. 2024, with the
+update scale of Liu et al. 2025, arXiv:2502.16982), which here learns much more from each of the few epochs than AdamW
+alone. The test images are looked at once, after training, through the saved files.
 """
 
 import gzip
@@ -40,9 +40,9 @@ datasets: [zalando-datasets/fashion_mnist]
 
 # Small ViT pretrained on Fashion-MNIST
 
-A ViT of {parameters:,} parameters ({layers} layers, width {width}, patches of {patch} x {patch} pixels, {size} x {size} images,
-grey levels repeated over 3 channels), so that the examples have a pretrained backbone without a download.
-Weights are stored in float16 and load as float32.
+A ViT of {parameters:,} parameters ({layers} layers, width {width}, patches of {patch} x {patch} pixels,
+{size} x {size} images, grey levels repeated over 3 channels), so that the examples have a pretrained backbone without
+a download. Weights are stored in float16 and load as float32.
 
 * Test accuracy: **{accuracy:.2%}** on the {test_images:,} test images, measured through these files.
 * Data: [Fashion-MNIST](https://github.com/zalandoresearch/fashion-mnist) (Xiao, Rasul, Vollgraf 2017; MIT licence,
@@ -52,7 +52,9 @@ Weights are stored in float16 and load as float32.
 ```python
 from transformers import AutoModelForImageClassification
 
-model = AutoModelForImageClassification.from_pretrained("examples/backbone", num_labels=10, ignore_mismatched_sizes=True)
+model = AutoModelForImageClassification.from_pretrained(
+    "examples/backbone", num_labels=10, ignore_mismatched_sizes=True
+)
 ```
 """
 
@@ -82,7 +84,8 @@ def read_idx(path: Path) -> torch.Tensor:
     if not path.is_file():
         raise SystemExit(
             f"{path} not found. Install Debian's package dataset-fashion-mnist (apt install dataset-fashion-mnist), "
-            "or pass --data_dir with a folder that holds the files of https://github.com/zalandoresearch/fashion-mnist."
+            "or pass --data_dir with a folder that holds the files of "
+            "https://github.com/zalandoresearch/fashion-mnist."
         )
     with gzip.open(path) as file:
         zeros, dtype, dimensions = struct.unpack(">HBB", file.read(4))

@@ -1,4 +1,4 @@
-"""S2A: fine-tuning vision backbones with little memory, as a PEFT plugin. Importing registers the tuner types with PEFT."""
+"""S2A: fine-tuning vision backbones with little memory. A PEFT plugin: importing it registers the tuner types."""
 
 from peft_s2a.activations.calibrate import calibrate_activations
 from peft_s2a.activations.config import ActivationQuantizationConfig

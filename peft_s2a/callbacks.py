@@ -16,7 +16,7 @@ from .memory.trace import StepTrace
 
 
 class MemoryCallback(TrainerCallback):
-    """Logs peak memory, saved activation bytes and step time with the trainer's own logs, and prints a report at the end.
+    """Logs peak memory, saved activation bytes and step time with the trainer's own logs; prints a report at the end.
 
     One step of the run is watched operator by operator (the second; the only one if there is only one), which makes it
     slower; all others run as they are. At every logging step, `Trainer.log` gets

@@ -51,8 +51,8 @@ class Device(str, Enum):
 ModelArgument = Annotated[
     str,
     typer.Argument(
-        help="A known name (vit-b, swin-b, resnet50, dinov2-g, ...), a model type of transformers (segformer), a folder "
-        "with a config.json, or the id of a checkpoint on the Hub. Only the configuration is read."
+        help="A known name (vit-b, swin-b, resnet50, dinov2-g, ...), a model type of transformers (segformer), a "
+        "folder with a config.json, or the id of a checkpoint on the Hub. Only the configuration is read."
     ),
 ]
 BatchSizeOption = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images in a batch.")]
@@ -94,8 +94,8 @@ def plan(
     """Compare ways of fine-tuning MODEL: trainable parameters, memory kept for backward, peak, largest batch.
 
     Nothing is allocated and no weights are read: the training step runs on shapes alone. "saved" is what is kept for
-    backward; "peak" is everything that is live at once, parameters and optimiser included; "of it the step" is what the
-    step adds to those.
+    backward; "peak" is everything that is live at once, parameters and optimiser included; "of it the step" is what
+    the step adds to those.
     """
     budget_bytes = _parse_size(budget) if budget is not None else None
     from .memory.methods import METHODS

@@ -111,8 +111,8 @@ class _S2ABaseConfig(PeftConfig):
             self.activation_quantization = ActivationQuantizationConfig.from_dict(self.activation_quantization)
         elif not isinstance(self.activation_quantization, (ActivationQuantizationConfig, type(None))):
             raise ValueError(
-                "`activation_quantization` must be an ActivationQuantizationConfig, a dict of its arguments or None, got "
-                f"{self.activation_quantization!r}."
+                "`activation_quantization` must be an ActivationQuantizationConfig, a dict of its arguments or None, "
+                f"got {self.activation_quantization!r}."
             )
         self._check_structure_targets()
 
@@ -127,8 +127,8 @@ class _S2ABaseConfig(PeftConfig):
         )
         if not valid:
             raise ValueError(
-                "`structure_targets` must map 'bias', 'prompt', 'side', 'ladder' or 'statistics' to lists of module names, "
-                f"got {self.structure_targets!r}."
+                "`structure_targets` must map 'bias', 'prompt', 'side', 'ladder' or 'statistics' to lists of module "
+                f"names, got {self.structure_targets!r}."
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -220,8 +220,8 @@ class S2ASideConfig(_S2ABaseConfig):
 class S2AConfig(S2ASideConfig, S2APromptConfig, S2ABiasConfig):
     """Structure-activation synergy (Jin et al. 2025, arXiv:2503.08154): any combination of the three structures.
 
-    The paper names the structures (bias, prompt, side) and the 4-bit derivative-aware quantisation; their inner form is
-    our choice and described where it is implemented.
+    The paper names the structures (bias, prompt, side) and the 4-bit derivative-aware quantisation; their inner form
+    is our choice and described where it is implemented.
 
     Args:
         structures (`tuple[str, ...]`): Which of "bias", "prompt" and "side" to train.
@@ -243,7 +243,8 @@ class S2AConfig(S2ASideConfig, S2APromptConfig, S2ABiasConfig):
             With False they follow the training images and are saved with the adapter.
         activation_quantization:
             How activations kept for backward are quantised: an [`ActivationQuantizationConfig`], a dict of its
-            arguments, or None to leave activations alone. Of several adapters in one model, the one added last decides.
+            arguments, or None to leave activations alone. Of several adapters in one model, the one added last
+            decides.
         init_weights (`bool`): Start exactly as the base model; False gives a random start, for tests.
 
     Raises:

@@ -10,13 +10,14 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-# Triton's kernels run in its interpreter where there is no GPU. It has to know before anything imports it, as PEFT does.
+# Triton's kernels run in its interpreter where there is no GPU. It has to know before anything imports it, as PEFT
+# does.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# transformers imports torchvision wherever it is installed, and torchvision's wheels refuse to be imported beside a CPU-only
-# torch, which lacks the two operators that they only describe. So timm and torchvision live in a folder of their own
-# (the Makefile's), and the operators are declared before anything imports them.
+# transformers imports torchvision wherever it is installed, and torchvision's wheels refuse to be imported beside a
+# CPU-only torch, which lacks the two operators that they only describe. So timm and torchvision live in a folder of
+# their own (the Makefile's), and the operators are declared before anything imports them.
 TIMM_FOLDER = Path(sys.prefix) / "timm"
 if TIMM_FOLDER.is_dir():
     sys.path.append(str(TIMM_FOLDER))

@@ -1,7 +1,7 @@
 """The activation functions that can be quantised: the stock computation, and the derivative that is coded.
 
-Smooth functions have a derivative, coded by level tables (`levels`). Piecewise-linear ones have two slopes and are coded
-exactly by one bit.
+Smooth functions have a derivative, coded by level tables (`levels`). Piecewise-linear ones have two slopes and are
+coded exactly by one bit.
 """
 
 import math
@@ -31,8 +31,8 @@ class ActivationFunction:
         forward: the stock computation, ``forward(x, **params)``.
         forward_: the same written over its input, or None when the stock library has no such form.
         params: the parameters and their defaults.
-        derivative: ``derivative(x, m, **params)`` with ``m`` a namespace of elementwise functions (NumPy's or torch's), or
-            None for piecewise-linear functions.
+        derivative: ``derivative(x, m, **params)`` with ``m`` a namespace of elementwise functions (NumPy's or
+            torch's), or None for piecewise-linear functions.
         pieces: for piecewise-linear functions, ``pieces(**params) -> (breaks, slopes)``: ``slopes[i]`` holds up to
             ``breaks[i]``, each break being ``(position, whether the position belongs to the piece on its right)``.
     """

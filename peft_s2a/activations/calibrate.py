@@ -1,15 +1,17 @@
-"""`calibrate_activations`: a code width for every operator, and levels for every activation function, fitted to a model and its data.
+"""`calibrate_activations`: widths of operators and levels of activation functions, fitted to a model and its data.
 
-Measuring. The model runs a few steps with its stock operators. Where an operator would be quantised, a hook on its result
-receives the true upstream gradient, and the operator is run again on the same inputs: once as it is, once quantised at every
-width. The error of the gradients it passes on is then sent down the rest of the backward pass by itself, since that is linear:
-what arrives at the trained parameters is what this operator at this width adds to the error of the model's gradient. That
-serves any operator that `interception.OperatorMode` replaces, without code of its own.
+Measuring. The model runs a few steps with its stock operators. Where an operator would be quantised, a hook on its
+result receives the true upstream gradient, and the operator is run again on the same inputs: once as it is, once
+quantised at every width. The error of the gradients it passes on is then sent down the rest of the backward pass by
+itself, since that is linear: what arrives at the trained parameters is what this operator at this width adds to the
+error of the model's gradient. That serves any operator that `interception.OperatorMode` replaces, without code of its
+own.
 
-Choosing. To first order the errors of different operators add up (ActNN, Chen et al. 2021, section 4; GACT, Liu et al. 2022), so
-the widths are a multiple-choice knapsack: the least sum of squared errors within a number of bytes. S2A (arXiv:2503.08154)
-names "gradient-informed precision allocation" without fixing it; the error measured and the solver are our choice. (The
-errors where they arise do not compare: those of attention scores, hidden units and residual streams have different scales.)
+Choosing. To first order the errors of different operators add up (ActNN, Chen et al. 2021, section 4; GACT, Liu et al.
+2022), so the widths are a multiple-choice knapsack: the least sum of squared errors within a number of bytes. S2A
+(arXiv:2503.08154) names "gradient-informed precision allocation" without fixing it; the error measured and the solver
+are our choice. (The errors where they arise do not compare: those of attention scores, hidden units and residual
+streams have different scales.)
 """
 
 import math
@@ -53,36 +55,38 @@ def calibrate_activations(
 ) -> ActivationQuantizationConfig:
     """Choose the bits of every operator, and fit the levels of every activation function, on a few batches.
 
-    The model is measured as it is going to be trained: with what is trainable now, in train mode, with its stock operators. It is
-    left as it was: weights, gradients, buffers, modes, random state, and whether its activations are quantised. A measured
-    step takes the memory of a stock step twice, and the time of about as many steps as there are quantised operators times widths,
-    so let the batches be few and small. All ``batches`` are used. Activation checkpointing has to be off or non-reentrant.
+    The model is measured as it is going to be trained: with what is trainable now, in train mode, with its stock
+    operators. It is left as it was: weights, gradients, buffers, modes, random state, and whether its activations are
+    quantised. A measured step takes the memory of a stock step twice, and the time of about as many steps as there are
+    quantised operators times widths, so let the batches be few and small. All ``batches`` are used. Activation
+    checkpointing has to be off or non-reentrant.
 
-    Apply the result with `quantize_activations`, or give it to a tuner's configuration (``activation_quantization=...``), which
-    saves it with the adapter. Names of modules are those in the base model, so it fits the bare model, the one inside a
-    `PeftModel`, and the `PeftModel` alike.
+    Apply the result with `quantize_activations`, or give it to a tuner's configuration
+    (``activation_quantization=...``), which saves it with the adapter. Names of modules are those in the base model,
+    so it fits the bare model, the one inside a `PeftModel`, and the `PeftModel` alike.
 
     Args:
         model: a model with trainable parameters, possibly a `PeftModel`; not one that `torch.compile` returned.
         batches: batches of training data. Their tensors are moved to the device of the model's first parameter.
-        budget: what the quantised operators may keep for backward, codes and scales together: an int is bytes per image, a float
-            (above 0, up to 2) is a fraction of what they keep at 4 bits each. What the model keeps besides is not counted.
-        target_error: instead of ``budget``: the error to stay below with as few bytes as possible. It is the estimate, to first
-            order, of the norm of the error of the trained parameters' gradient over the norm of the gradient; their cosine is
-            about ``1 - target_error ** 2 / 2``.
-        config: all other settings; its ``bits`` remain for operators that are not measured, its ``levels`` are replaced. None: the
-            defaults.
+        budget: what the quantised operators may keep for backward, codes and scales together: an int is bytes per
+            image, a float (above 0, up to 2) is a fraction of what they keep at 4 bits each. What the model keeps
+            besides is not counted.
+        target_error: instead of ``budget``: the error to stay below with as few bytes as possible. It is the estimate,
+            to first order, of the norm of the error of the trained parameters' gradient over the norm of the gradient;
+            their cosine is about ``1 - target_error ** 2 / 2``.
+        config: all other settings; its ``bits`` remain for operators that are not measured, its ``levels`` are
+            replaced. None: the defaults.
         widths: the widths to choose from.
         loss: ``loss(model, batch)``, the scalar to differentiate. None: ``model(**batch).loss``.
 
     Returns:
-        ``config`` with ``bits`` ("module name:operator kind" -> width) and ``levels`` (module name -> ``2 ** bits`` numbers; None,
-        the shipped ones, with stochastic rounding). Operators whose memory does not depend on the width (piecewise-linear
-        functions, frozen batch norms) are not listed.
+        ``config`` with ``bits`` ("module name:operator kind" -> width) and ``levels`` (module name -> ``2 ** bits``
+        numbers; None, the shipped ones, with stochastic rounding). Operators whose memory does not depend on the width
+        (piecewise-linear functions, frozen batch norms) are not listed.
 
     Raises:
-        ValueError: for arguments that are not allowed, no batches, a loss that is missing or not finite, a model in which nothing
-            is to be quantised, and a ``budget`` or ``target_error`` below the smallest possible one.
+        ValueError: for arguments that are not allowed, no batches, a loss that is missing or not finite, a model in
+            which nothing is to be quantised, and a ``budget`` or ``target_error`` below the smallest possible one.
     """
     config = _check_config(config)
     widths = _check_widths(widths)
@@ -110,9 +114,10 @@ def pareto_front(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """All choices of one option an item that no other choice beats in both summed cost and summed error.
 
-    Items are added one by one, and what is dominated is dropped (Nemhauser and Ullmann, "Discrete dynamic programming and capital
-    allocation", 1969). Exact as long as there are at most ``limit`` points; beyond, one point is kept in each of ``limit`` equal
-    cells of cost. The blocks of a model are alike, so there are far fewer different sums than combinations.
+    Items are added one by one, and what is dominated is dropped (Nemhauser and Ullmann, "Discrete dynamic programming
+    and capital allocation", 1969). Exact as long as there are at most ``limit`` points; beyond, one point is kept in
+    each of ``limit`` equal cells of cost. The blocks of a model are alike, so there are far fewer different sums than
+    combinations.
 
     Args:
         costs, errors: ``[items, options]``, integers and floats.
@@ -154,8 +159,8 @@ class _Operator:
     def fit(self) -> dict[int, list[float]]:
         """Levels for every width, if this is an activation function; ``errors`` become theirs.
 
-        dx = dy f'(x), so its error is the sum of dy^2 (f'(x) - level)^2: what the levels minimise, and what the histogram knows.
-        How much of it arrives at the parameters is taken from the levels that were measured.
+        dx = dy f'(x), so its error is the sum of dy^2 (f'(x) - level)^2: what the levels minimise, and what the
+        histogram knows. How much of it arrives at the parameters is taken from the levels that were measured.
         """
         if not self.derivatives:
             return {}
@@ -182,7 +187,8 @@ class _Study:
         self.parameters = parameters
         self.energy = 0.0  # squares of their gradients
         self.operators: dict[tuple[str, str], _Operator] = {}  # by module name and kind
-        # the operators at every width; the name of the module does not matter where every operator has the same settings
+        # the operators at every width; the name of the module does not matter where every operator has the same
+        # settings
         self.modes = {width: OperatorMode(replace(config, bits=width, levels=None), "") for width in widths}
         self._propagating = False
 
@@ -209,7 +215,7 @@ class _Study:
         self.energy += sum(_energy(gradient) for gradient in gradients if gradient is not None)
 
     def measure(self, module_name: str, kind: str, call: "_Call", grad: Tensor) -> None:
-        """Run ``call`` at every width and note the errors of its gradients, given the gradient ``grad`` of its result."""
+        """Run ``call`` at every width and note the errors of its gradients, given that of its result, ``grad``."""
         if self._propagating:
             return
         operator = self.operators.setdefault((module_name, kind), _Operator())
@@ -245,8 +251,8 @@ class _Study:
         operators = {key: o for key, o in self.operators.items() if len(set(o.kept.values())) > 1}
         if not operators or not self.energy > 0:
             raise ValueError(
-                "No operator of `model` that keeps codes received a gradient; check what is trainable, `config.skip_modules` "
-                "and the loss."
+                "No operator of `model` that keeps codes received a gradient; check what is trainable, "
+                "`config.skip_modules` and the loss."
             )
         levels = {key: operator.fit() for key, operator in operators.items()}
         fixed = sum(o.kept[_REFERENCE_WIDTH] for key, o in self.operators.items() if key not in operators)
@@ -260,8 +266,8 @@ class _Study:
             within = relative <= target_error
             if not within.any():
                 raise ValueError(
-                    f"`target_error` {target_error} cannot be reached with `widths` {tuple(widths)}: the smallest error is "
-                    f"{relative[-1]:.3g}. Allow a larger error or larger widths."
+                    f"`target_error` {target_error} cannot be reached with `widths` {tuple(widths)}: the smallest "
+                    f"error is {relative[-1]:.3g}. Allow a larger error or larger widths."
                 )
             chosen = choices[within.argmax()]
         else:
@@ -270,8 +276,8 @@ class _Study:
                 allowed = budget * sum(operator.kept[_REFERENCE_WIDTH] for operator in self.operators.values())
             if cost[0] > allowed:
                 raise ValueError(
-                    f"`budget` {budget} allows {allowed / images:.0f} bytes per image, the smallest of `widths` {tuple(widths)} "
-                    f"takes {math.ceil(cost[0] / images)}. Allow more, or smaller widths."
+                    f"`budget` {budget} allows {allowed / images:.0f} bytes per image, the smallest of `widths` "
+                    f"{tuple(widths)} takes {math.ceil(cost[0] / images)}. Allow more, or smaller widths."
                 )
             chosen = choices[np.searchsorted(cost, allowed, side="right") - 1]
         chosen = {key: widths[option] for key, option in zip(operators, chosen)}
@@ -342,7 +348,7 @@ class _Call:
         self.autocast = (device.type, torch.get_autocast_dtype(device.type) if enabled else None, enabled)
 
     def gradients(self, grad: Tensor, mode: OperatorMode | None = None) -> tuple[list[Tensor], int]:
-        """Gradients of the inputs given that of the result, run under ``mode``, and the bytes kept beside the arguments."""
+        """Gradients of the inputs given that of the result, under ``mode``, and the bytes kept beside arguments."""
         inputs = {key: x.detach().requires_grad_() for key, x in self.inputs.items()}
         with torch.random.fork_rng(self.devices), torch.enable_grad(), torch.autocast(*self.autocast):
             if self.devices:
@@ -440,13 +446,13 @@ def _loss(model: nn.Module, batch: Any, loss: Callable[[nn.Module, Any], Tensor]
         value, source = getattr(model(**batch), "loss", None), "`model(**batch).loss`"
     else:
         raise ValueError(
-            f"`batches` must hold dicts of the model's arguments, got a {type(batch).__name__}; for others give `loss`, a function "
-            "of the model and a batch."
+            f"`batches` must hold dicts of the model's arguments, got a {type(batch).__name__}; for others give "
+            "`loss`, a function of the model and a batch."
         )
     if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
         raise ValueError(
-            f"{source} must be a scalar tensor that depends on trained parameters, got {_described(value)}; give `labels` in "
-            "`batches`, or `loss`, a function of the model and a batch."
+            f"{source} must be a scalar tensor that depends on trained parameters, got {_described(value)}; give "
+            "`labels` in `batches`, or `loss`, a function of the model and a batch."
         )
     if not torch.isfinite(value):
         raise ValueError(f"{source} must be finite, got {value.item()}; check `batches` and the model's dtype.")
@@ -482,7 +488,8 @@ def _check_widths(widths: Sequence[int]) -> list[int]:
 def _check_goal(budget: Any, target_error: Any) -> None:
     if (budget is None) == (target_error is None):
         raise ValueError(
-            f"Exactly one of `budget` and `target_error` must be given, got budget={budget!r} and target_error={target_error!r}."
+            f"Exactly one of `budget` and `target_error` must be given, got budget={budget!r} and "
+            f"target_error={target_error!r}."
         )
     if target_error is not None:
         if isinstance(target_error, bool) or not isinstance(target_error, (int, float)) or not target_error > 0:
@@ -493,5 +500,6 @@ def _check_goal(budget: Any, target_error: Any) -> None:
         )
     elif isinstance(budget, float) and budget > 2:
         raise ValueError(
-            f"`budget` as a float is a fraction of what 4 bits keep, at most 2, got {budget!r}; give bytes per image as an int."
+            f"`budget` as a float is a fraction of what 4 bits keep, at most 2, got {budget!r}; give bytes per image "
+            "as an int."
         )

@@ -1,15 +1,15 @@
 """How values become b-bit codes and codes become bytes: plain PyTorch, any device, the ground truth of every backend.
 
-Layout. A tensor is coded as rows ``[R, C]``. With ``k = 8 // bits`` codes a byte, a row takes ``W = ceil(C / k)`` bytes, and
-byte ``j`` holds the codes of elements ``j, j + W, j + 2W, ...`` from its lowest bits upwards: whole vectors of neighbours are
-packed by one shift and one or, which interleaved neighbours would not allow. Three bits are two low bits a code, packed
-four a byte, followed by the high bits, packed eight a byte: eight codes in three bytes.
+Layout. A tensor is coded as rows ``[R, C]``. With ``k = 8 // bits`` codes a byte, a row takes ``W = ceil(C / k)``
+bytes, and byte ``j`` holds the codes of elements ``j, j + W, j + 2W, ...`` from its lowest bits upwards: whole vectors
+of neighbours are packed by one shift and one or, which interleaved neighbours would not allow. Three bits are two low
+bits a code, packed four a byte, followed by the high bits, packed eight a byte: eight codes in three bytes.
 
-Groups. `encode_groups` codes runs of ``group_size`` values of a row on even steps between their minimum and maximum (as the
-min-max group quantisation of ActNN, Chen et al. 2021, section 4.1). Four groups share a unit, the smallest power of two that
-their largest magnitude holds at most 127 times (one byte, the exponent of a float32); minima and maxima are whole multiples of
-it (one signed byte each). That they come back nearly as they were matters more than how fine the steps are: on real weights,
-formats that moved them by half a step doubled the gradient's error.
+Groups. `encode_groups` codes runs of ``group_size`` values of a row on even steps between their minimum and maximum
+(as the min-max group quantisation of ActNN, Chen et al. 2021, section 4.1). Four groups share a unit, the smallest
+power of two that their largest magnitude holds at most 127 times (one byte, the exponent of a float32); minima and
+maxima are whole multiples of it (one signed byte each). That they come back nearly as they were matters more than how
+fine the steps are: on real weights, formats that moved them by half a step doubled the gradient's error.
 """
 
 import torch
@@ -66,8 +66,8 @@ def math_dtype(dtype: torch.dtype) -> torch.dtype:
 def uniform(seed: int, count: int, device: torch.device) -> Tensor:
     """``count`` float32 numbers in [0, 1), a function of ``seed`` and the position alone, equal on every backend.
 
-    The position plus a word of the seed goes through the 32-bit integer hash `lowbias32` (Wellons, "Prospecting for hash
-    functions", 2018), is xored with the other word and hashed again; the top 24 bits are used.
+    The position plus a word of the seed goes through the 32-bit integer hash `lowbias32` (Wellons, "Prospecting for
+    hash functions", 2018), is xored with the other word and hashed again; the top 24 bits are used.
     """
     position = torch.arange(count, dtype=torch.int32, device=device)
     low, high = (_as_int32(seed & 0xFFFFFFFF), _as_int32(seed >> 32 & 0xFFFFFFFF))
@@ -88,8 +88,8 @@ def _as_int32(word: int) -> int:
 
 
 def round_codes(values: Tensor, bits: int, seed: int | None) -> Tensor:
-    """Round ``values`` (``[R, C]``, in code units) to codes of ``bits`` bits: to nearest, or up with the probability of the
-    fraction when a ``seed`` is given."""
+    """Round ``values`` (``[R, C]``, in code units) to codes of ``bits`` bits: to nearest, or up with the probability
+    of the fraction when a ``seed`` is given."""
     if seed is None:
         values = values + 0.5
     else:
@@ -109,8 +109,9 @@ def scales_width(count: int, group_size: int) -> int:
 def encode_groups(x: Tensor, bits: int, group_size: int, seed: int | None = None) -> tuple[Tensor, Tensor]:
     """Code ``x`` (``[R, C]``) in groups of ``group_size`` along its rows; the last group of a row may be shorter.
 
-    Returns the packed codes and the scales, uint8 ``[R, scales_width(C, group_size)]``. A value comes back within half a step
-    (nearest rounding) or one step (stochastic) plus the rounding of the bounds, 1/127 of the unit's largest magnitude.
+    Returns the packed codes and the scales, uint8 ``[R, scales_width(C, group_size)]``. A value comes back within half
+    a step (nearest rounding) or one step (stochastic) plus the rounding of the bounds, 1/127 of the unit's largest
+    magnitude.
     """
     rows, count = x.shape
     x = x.to(math_dtype(x.dtype))
@@ -167,10 +168,11 @@ def _units(exponents: Tensor, groups: int) -> Tensor:
 
 
 def column_statistics(x: Tensor, eps: float, center: bool) -> Tensor:
-    """Mean and deviation of the columns of the normalised rows of ``x`` (``[R, C]``), bfloat16 ``[2, C]``, from at most some 128 rows.
+    """Mean and deviation of the columns of the normalised rows of ``x`` (``[R, C]``), bfloat16 ``[2, C]``.
 
-    The channels of a transformer's norms differ by orders of magnitude and keep their own level over tokens; standardised
-    columns share one scale a row. Deviations far below the typical one are raised, since rows left out may have larger values.
+    At most some 128 rows are looked at. The channels of a transformer's norms differ by orders of magnitude and keep
+    their own level over tokens; standardised columns share one scale a row. Deviations far below the typical one are
+    raised, since rows left out may have larger values.
     """
     sample = x[:: rows_apart(x.shape[0])].to(math_dtype(x.dtype))
     if center:

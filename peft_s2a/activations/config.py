@@ -18,17 +18,18 @@ class ActivationQuantizationConfig:
 
     Args:
         bits: width of a code, 1, 2, 3, 4 or 8, for every operator; or a dict from operator kind ("activation",
-            "gated_activation", "norm", "softmax", "attention", "linear"), module name or "default" to a width. A module name,
-            or the end of one ("mlp.activation"), goes before a kind, a longer name before a shorter one; "name:kind" is for the
-            operators of one kind in that module and goes before the name alone. What is not named gets "default", else 4.
-            Piecewise-linear activation functions, max pooling and dropout are exact and ignore it.
-        group_size: neighbouring values that share bounds, which take two bytes and a quarter. None: 16 for attention, whose
-            gradients suffer most from coarse groups, 32 elsewhere.
+            "gated_activation", "norm", "softmax", "attention", "linear"), module name or "default" to a width. A
+            module name, or the end of one ("mlp.activation"), goes before a kind, a longer name before a shorter one;
+            "name:kind" is for the operators of one kind in that module and goes before the name alone. What is not
+            named gets "default", else 4. Piecewise-linear activation functions, max pooling and dropout are exact and
+            ignore it.
+        group_size: neighbouring values that share bounds, which take two bytes and a quarter. None: 16 for attention,
+            whose gradients suffer most from coarse groups, 32 elsewhere.
         rounding: "nearest", or "stochastic": unbiased, seeded by torch's default CPU generator.
         levels: fitted derivative levels of activation functions: a dict from module name (or its end) to ``2 ** bits``
             ascending numbers. None: the shipped tables.
-        backend: "auto", "reference", "compiled" or "triton". "auto" takes Triton on CUDA and the compiled kernels on the CPU, and
-            the reference where those cannot be had.
+        backend: "auto", "reference", "compiled" or "triton". "auto" takes Triton on CUDA and the compiled kernels on
+            the CPU, and the reference where those cannot be had.
         mlp_tiles: tiles a frozen MLP's tokens are taken in: "auto" (by size), or a number; 1 switches tiling off.
         skip_modules: names (or ends of names) of modules to leave in full precision, with everything in them.
         compress_linear_inputs: also keep the inputs of trained Linear and Conv2d layers as codes.

@@ -1,7 +1,7 @@
 """Computing with quantised activations inside any module: a function mode that replaces the operators it calls.
 
-Modules, functions and methods end in the same few operators, so catching those covers stock layers, activation classes of
-other libraries and attention written inline alike, without a patch per model.
+Modules, functions and methods end in the same few operators, so catching those covers stock layers, activation classes
+of other libraries and attention written inline alike, without a patch per model.
 """
 
 import functools
@@ -55,8 +55,8 @@ class OperatorMode(TorchFunctionMode):
         return self._quantizers[kind]
 
     def shared(self, mask: Tensor) -> Tensor:
-        """``mask``, or the equal one that this module used before, if that is still kept: a mask that is computed anew for every
-        tile is kept once."""
+        """``mask``, or the equal one that this module used before, if that is still kept: a mask that is computed anew
+        for every tile is kept once."""
         alive = [(reference, other) for reference in self._masks if (other := reference()) is not None]
         self._masks = [reference for reference, _ in alive]
         for _, other in alive:
@@ -321,8 +321,8 @@ def _add_low_rank(mode, base, hidden, up, scaling, activation=None):
 
 
 def _open(function: FunctionType) -> FunctionType:
-    """A copy of a composite function of `torch.nn.functional` that does not offer itself to function modes, so that the
-    operators it consists of are."""
+    """A copy of a composite function of `torch.nn.functional` that does not offer itself to function modes, so that
+    the operators it consists of are."""
     body = {**function.__globals__, "has_torch_function": lambda tensors: False}
     copy = FunctionType(function.__code__, body, function.__name__, function.__defaults__, function.__closure__)
     return functools.update_wrapper(copy, function)

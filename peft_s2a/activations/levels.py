@@ -1,10 +1,10 @@
-"""Level tables: which 2^b values stand for the derivative of an activation function, and which inputs each is used for.
+"""Level tables: which 2^b values stand for the derivative of an activation function, and for which inputs.
 
 The levels minimise the mean squared error of the derivative over the distribution of inputs (Lloyd, "Least squares
-quantization in PCM", 1982; Max, "Quantizing for minimum distortion", 1960); fitting them to the function is the idea of
-fewbit (Novikov et al., "Few-bit backward", 2022), which cuts the *input* axis into 2^b intervals. Here the *derivative's*
-axis is cut, so intervals on both sides of a hump share a level. The forward pass never computes the derivative: the code is
-a step function of the input, given by the thresholds at which it changes.
+quantization in PCM", 1982; Max, "Quantizing for minimum distortion", 1960); fitting them to the function is the idea
+of fewbit (Novikov et al., "Few-bit backward", 2022), which cuts the *input* axis into 2^b intervals. Here the
+*derivative's* axis is cut, so intervals on both sides of a hump share a level. The forward pass never computes the
+derivative: the code is a step function of the input, given by the thresholds at which it changes.
 
 ``python -m peft_s2a.activations.levels`` fits the tables shipped in ``levels.json`` anew.
 """
@@ -50,9 +50,10 @@ def code_table(
 ) -> CodeTable:
     """The table of activation function ``name`` with ``params`` (name, value) at ``bits`` bits.
 
-    ``levels`` (2^bits derivative values) replace the shipped ones. Piecewise-linear functions are exact at one bit, whatever
-    ``bits`` and ``levels`` say. ``double``: inputs are compared in float64, otherwise in float32. ``stochastic``: the outermost
-    levels are moved to the extremes of the derivative, without which stochastic rounding would be biased there.
+    ``levels`` (2^bits derivative values) replace the shipped ones. Piecewise-linear functions are exact at one bit,
+    whatever ``bits`` and ``levels`` say. ``double``: inputs are compared in float64, otherwise in float32.
+    ``stochastic``: the outermost levels are moved to the extremes of the derivative, without which stochastic rounding
+    would be biased there.
     """
     return _code_table(name, params, bits, levels, double, stochastic)
 
@@ -90,8 +91,8 @@ def default_levels(name: str, params: tuple[tuple[str, float], ...], bits: int) 
 def fit_levels(values: np.ndarray, weights: np.ndarray, bits: int, resolution: int = 1024) -> tuple[float, ...]:
     """The 2^bits ascending levels with the least weighted squared error to ``values`` (1-D arrays of equal length).
 
-    Globally optimal on a histogram of ``resolution`` cells (dynamic programming over cell boundaries), then refined on the
-    values themselves by Lloyd's iteration.
+    Globally optimal on a histogram of ``resolution`` cells (dynamic programming over cell boundaries), then refined on
+    the values themselves by Lloyd's iteration.
     """
     values, weights = np.asarray(values, np.float64), np.asarray(weights, np.float64)
     count = 2**bits
@@ -164,8 +165,8 @@ def _exact_table(function: ActivationFunction, params: dict[str, float], dtype: 
 
 
 def _inputs() -> tuple[np.ndarray, np.ndarray]:
-    """Inputs and their weights: the distribution that the shipped levels are fitted to, a normal one with the mean (-1) and
-    about the deviation (1.2) of the pre-activations in DINOv2-small's MLPs."""
+    """Inputs and their weights: the distribution that the shipped levels are fitted to, a normal one with the mean
+    (-1) and about the deviation (1.2) of the pre-activations in DINOv2-small's MLPs."""
     x = np.linspace(-8, 8, 16_001)
     return x, np.exp(-0.5 * ((x + 1) / 1.2) ** 2)
 

@@ -1,8 +1,8 @@
 """Products of two activations, as attention and gates written inline compute them, L2 norms and normalisation.
 
-A product keeps both factors for backward. Here each is kept as codes minus its mean over tokens (rows), as queries, keys and
-values are in `functional.scaled_dot_product_attention`. Parameters and tensors that need no gradient are kept as they are: they
-exist in any case.
+A product keeps both factors for backward. Here each is kept as codes minus its mean over tokens (rows), as queries,
+keys and values are in `functional.scaled_dot_product_attention`. Parameters and tensors that need no gradient are kept
+as they are: they exist in any case.
 """
 
 from collections.abc import Sequence
@@ -92,7 +92,7 @@ def _product(a: Tensor, b: Tensor, stock, quantizer: Quantizer) -> Tensor:
 
 
 def matmul(a: Tensor, b: Tensor, *, quantizer: Quantizer) -> Tensor:
-    """`torch.matmul` of two tensors with at least two dimensions each; keeps b-bit codes of those that are activations.
+    """`torch.matmul` of two tensors with at least two dimensions each; keeps b-bit codes of activations among them.
 
     dA = dY B^T and dB = A^T dY, summed over broadcast dimensions.
     """
@@ -135,7 +135,7 @@ class _VectorNorm(torch.autograd.Function):
 
 
 def vector_norm(x: Tensor, dim: Sequence[int] | None, keepdim: bool, *, quantizer: Quantizer) -> Tensor:
-    """`torch.linalg.vector_norm` of order two; keeps b-bit values and the norm. dX = dY X / norm, 0 where the norm is 0."""
+    """`torch.linalg.vector_norm` of order two; keeps b-bit values and the norm. dX = dY X / norm, or 0 at 0."""
     dim = tuple(range(x.dim())) if dim is None else tuple(dim)
     if not _recording(x) or not x.numel():
         return torch.linalg.vector_norm(x, 2, dim, keepdim)
@@ -173,7 +173,7 @@ class _Normalize(torch.autograd.Function):
 
 
 def normalize(x: Tensor, eps: float = 1e-12, *, quantizer: Quantizer) -> Tensor:
-    """`torch.nn.functional.normalize` over the last dimension; keeps b-bit directions and one reciprocal norm a row."""
+    """`torch.nn.functional.normalize` over the last dimension; keeps b-bit directions and a reciprocal norm a row."""
     if not _recording(x) or not x.numel():
         return F.normalize(x, dim=-1, eps=eps)
     return _Normalize.apply(x, eps, quantizer)

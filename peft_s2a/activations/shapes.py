@@ -1,7 +1,7 @@
 """Linear operators whose backward pass needs the shape of their input, where the stock operator keeps all of it.
 
-Convolutions with frozen weights are the common case: autograd keeps their input for the weight's gradient even if nobody wants
-it. Nothing is approximated here.
+Convolutions with frozen weights are the common case: autograd keeps their input for the weight's gradient even if
+nobody wants it. Nothing is approximated here.
 """
 
 from collections.abc import Sequence

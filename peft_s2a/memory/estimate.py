@@ -33,8 +33,8 @@ def estimate_memory(
     """Estimates the memory of a training step of `model`, as `profile_memory` measures it, without allocating any.
 
     The step runs operator by operator on fake tensors, and the sizes of what is live are added up. What kernels
-    allocate within themselves is modelled for the CPU kernels for which it matters (see `workspace.py`) and left out on
-    CUDA, where libraries choose it at run time.
+    allocate within themselves is modelled for the CPU kernels for which it matters (see `workspace.py`) and left out
+    on CUDA, where libraries choose it at run time.
 
     Args:
         model: Any module, with data or on the meta device, in the state in which it is to be trained; it is not
@@ -114,8 +114,8 @@ def largest_batch_size(
 ) -> int:
     """The largest batch size whose peak fits into a budget.
 
-    Memory grows very nearly in proportion to the batch, so where a line through the two nearest known points crosses the
-    budget is tried first; what is left of the range is bisected.
+    Memory grows very nearly in proportion to the batch, so where a line through the two nearest known points crosses
+    the budget is tried first; what is left of the range is bisected.
 
     Args:
         report: Gives the report at a batch size, such as `lambda n: estimate_memory(model, n)`.

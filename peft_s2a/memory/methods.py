@@ -46,7 +46,7 @@ def _bias(model: nn.Module) -> nn.Module:
 
 
 def lora(model: nn.Module, **settings: Any) -> nn.Module:
-    """PEFT's LoRA with r = 8 on `lora_targets`, and the task head. `settings` are further ones of `peft.LoraConfig`."""
+    """PEFT's LoRA with r = 8 on `lora_targets`, and the task head. `settings` are others of `peft.LoraConfig`."""
     from peft import LoraConfig, get_peft_model
 
     heads = _heads(model)
@@ -75,7 +75,7 @@ def lora_targets(model: nn.Module) -> list[str]:
 
 
 def checkpointed(apply: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], nn.Module]:
-    """The same with activations recomputed in the backward pass (non-reentrant). Raises ValueError on unsupported models."""
+    """The same with activations recomputed in the backward pass (non-reentrant). ValueError on unsupported models."""
 
     def apply_checkpointed(model: nn.Module) -> nn.Module:
         if not getattr(model, "supports_gradient_checkpointing", False):

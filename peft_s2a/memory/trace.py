@@ -337,7 +337,7 @@ class _Operators(TorchDispatchMode):
 
 
 def _operator_name(node: Any) -> tuple[str, bool]:
-    """The operator of a node of the autograd graph, as in "native_layer_norm", and whether it is one of this package."""
+    """The operator of a node of the autograd graph, as in "native_layer_norm", and whether it is this package's."""
     name = node.name()
     function = getattr(type(node), "_forward_cls", None)  # the torch.autograd.Function of a node written in Python
     ours = name.startswith("GeneratedBackwardFor_s2a_") or (function.__module__ if function else "").startswith(

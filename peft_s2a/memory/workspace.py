@@ -8,8 +8,8 @@ with the events of PyTorch's allocator (2.13, oneDNN on x86-64 with AVX-512 and 
   that are channels-last are not copied, weights are. Gradients of half-precision weights are accumulated in float32.
 * Kernels that work on contiguous tensors copy inputs that are not.
 
-* The backward pass of quantised attention decodes and recomputes, one head a thread at a time. The other quantised operators are
-  taken to be fused; the reference backend allocates more than is estimated.
+* The backward pass of quantised attention decodes and recomputes, one head a thread at a time. The other quantised
+  operators are taken to be fused; the reference backend allocates more than is estimated.
 
 All sizes are in bytes, and come on top of what is live once the operator has returned.
 """
@@ -93,7 +93,7 @@ def _convolution_backward(args: tuple, output: tuple) -> int:
 
 
 def _attention_backward(args: tuple, output: tuple) -> int:
-    """The fused kernel's room for one head a thread; a tile of `backends.attention` where the mask wants a gradient."""
+    """The fused kernel's room for a head a thread; a tile of `backends.attention` where the mask wants a gradient."""
     from peft_s2a.activations.backends import compiled
     from peft_s2a.activations.backends.attention import _tiles
 

@@ -13,8 +13,8 @@ from peft_s2a.tuners.layer import AttachedLayer
 class FrozenStatistics(AttachedLayer):
     """Keeps its host, a batch normalisation, in inference mode while an adapter that wants so is active.
 
-    The host then is an affine map with the statistics of pretraining, whatever `model.train()` says. An adapter trained
-    so computes the same after it is loaded into a fresh base model, whose statistics did not drift along.
+    The host then is an affine map with the statistics of pretraining, whatever `model.train()` says. An adapter
+    trained so computes the same after it is loaded into a fresh base model, whose statistics did not drift along.
 
     It works through `nn.Module.train`, which sets the flag of the host before it visits the host's children.
     """
@@ -58,8 +58,8 @@ class FrozenStatistics(AttachedLayer):
 class BatchNormLayer(BiasLayer):
     """A [`BiasLayer`] around a batch normalisation whose adapters may have running statistics of their own.
 
-    Statistics that follow the training images belong to the adapter: they are saved with it, and the base model's stay as
-    they are for other adapters, and for `disable_adapter`. With several active adapters the first one's are used.
+    Statistics that follow the training images belong to the adapter: they are saved with it, and the base model's stay
+    as they are for other adapters, and for `disable_adapter`. With several active adapters the first one's are used.
 
     Args:
         base_layer: a batch normalisation with running statistics.

@@ -31,13 +31,14 @@ def can_serve(module: nn.Module) -> bool:
 
 
 class BiasLayer(S2ALayer):
-    """Wraps a leaf module: `y = base(x)` with bias `b + delta_b` and, for a normalisation, scale `gamma + delta_gamma`.
+    """Wraps a leaf module: `y = base(x)` with bias `b + delta_b` and, for normalisations, scale `gamma + delta_gamma`.
 
-    Both offsets start at zero (BitFit, Zaken et al. 2022, section 3; TinyTL, Cai et al. 2020, section 3.2). The gradient
-    of a bias is the sum of the output's gradient: nothing has to be kept for backward (though torch's own convolutions and
-    batch normalisations keep their input all the same, unless activations are quantised). That of a scale needs the
-    normalised input, which a normalisation keeps anyway. Offsets go *into* the base module's own computation, so they cost neither a
-    pass over the output nor a copy of it. A base module without a bias gets its offset added to the output.
+    Both offsets start at zero (BitFit, Zaken et al. 2022, section 3; TinyTL, Cai et al. 2020, section 3.2). The
+    gradient of a bias is the sum of the output's gradient: nothing has to be kept for backward (though torch's own
+    convolutions and batch normalisations keep their input all the same, unless activations are quantised). That of a
+    scale needs the normalised input, which a normalisation keeps anyway. Offsets go *into* the base module's own
+    computation, so they cost neither a pass over the output nor a copy of it. A base module without a bias gets its
+    offset added to the output.
 
     The layer is also what a side branch beside a single leaf is attached to; it may then hold no offsets of its own.
 
@@ -54,7 +55,7 @@ class BiasLayer(S2ALayer):
         self.s2a_scale = nn.ParameterDict({})
 
     def __getattr__(self, name: str) -> Any:
-        """Looks up on the base module what the wrapper lacks: models read `eps`, `in_features`, `stride` off their layers."""
+        """Looks up on the base module what the wrapper lacks: models read `eps`, `stride`, ... off their layers."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -121,7 +122,7 @@ class BiasLayer(S2ALayer):
         return parameters, offset
 
     def _broadcast(self, offset: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        """`offset` shaped to be added to `output`: convolutions, batch and group normalisation have spatial axes last."""
+        """`offset` shaped to be added to `output`: convolutions, batch and group norms have spatial axes last."""
         base_layer = self.get_base_layer()
         if isinstance(base_layer, CONVOLUTIONS):
             spatial_axes = len(base_layer.kernel_size)
@@ -134,8 +135,8 @@ class BiasLayer(S2ALayer):
     def not_mergeable(self, adapter_name: str) -> str | None:
         if adapter_name in self.s2a_bias and getattr(self.get_base_layer(), "bias", None) is None:
             return (
-                f"Adapter {adapter_name!r} trains a bias on a {type(self.get_base_layer()).__name__} that has none, so it "
-                "cannot be merged. Keep the adapter separate, or leave such modules out with `exclude_modules`."
+                f"Adapter {adapter_name!r} trains a bias on a {type(self.get_base_layer()).__name__} that has none, "
+                "so it cannot be merged. Keep the adapter separate, or leave such modules out with `exclude_modules`."
             )
         return None
 
@@ -155,7 +156,7 @@ class BiasLayer(S2ALayer):
 def _call_with(
     layer: nn.Module, parameters: dict[str, torch.Tensor], args: tuple, kwargs: dict[str, Any]
 ) -> torch.Tensor:
-    """`torch.func.functional_call` for parameters of `layer` itself, without its look at everything the layer holds."""
+    """`torch.func.functional_call` for parameters of `layer` itself, without a look at everything the layer holds."""
     own = layer._parameters
     if torch.compiler.is_compiling() or not parameters.keys() <= own.keys():
         return functional_call(layer, parameters, args, kwargs)

@@ -17,8 +17,9 @@ from peft_s2a.tuners.side import frozen_projection, input_width, projections
 class _LadderBase(AttachedLayer):
     def not_mergeable(self, adapter_name: str) -> str:
         return (
-            f"Adapter {adapter_name!r} is a ladder beside the backbone, which no weight of it can hold, so it cannot be "
-            "merged. Keep the adapter separate, or train with `side_mode='residual'` and `side_activation='linear'`."
+            f"Adapter {adapter_name!r} is a ladder beside the backbone, which no weight of it can hold, so it cannot "
+            "be merged. Keep the adapter separate, or train with `side_mode='residual'` and "
+            "`side_activation='linear'`."
         )
 
 
@@ -26,15 +27,15 @@ class LadderRung(_LadderBase):
     r"""One step of the ladder, beside one block: `h <- h + gelu(D x + A h + a)`, x being the block's input.
 
     Ladder side-tuning (Sung et al. 2022, arXiv:2206.06522, section 3) runs a small trained network that reads the
-    backbone's intermediate features and sends nothing back, so the backbone needs no backward pass. There each rung is a
-    narrow copy of a transformer block behind a learned projection; here, our choice, it is one recurrent layer of width r
-    behind a frozen projection D, so that of the backbone nothing at all is kept. A starts at zero.
+    backbone's intermediate features and sends nothing back, so the backbone needs no backward pass. There each rung is
+    a narrow copy of a transformer block behind a learned projection; here, our choice, it is one recurrent layer of
+    width r behind a frozen projection D, so that of the backbone nothing at all is kept. A starts at zero.
 
     While the backbone runs, a rung only computes `D x`, for which nothing has to be trained; the ladder's top runs all
     steps. So nothing that is trained runs inside a block, which may be checkpointed.
 
-    The state h is [batch, positions..., r]. Where the backbone reduces its resolution the state is averaged over windows;
-    tokens without a square layout are averaged to one state per image.
+    The state h is [batch, positions..., r]. Where the backbone reduces its resolution the state is averaged over
+    windows; tokens without a square layout are averaged to one state per image.
 
     Args:
         host: the block.
@@ -44,7 +45,7 @@ class LadderRung(_LadderBase):
     adapter_layer_names = ("s2a_mix", "s2a_shift")
     other_param_names = ("s2a_down",)
     is_read_later = True
-    """What it notes of its host's input is read behind modules that contain the host, so these run whole, not in tiles."""
+    """What it notes of its host's input is read behind modules that hold the host: these run whole, not in tiles."""
 
     def __init__(self, host: nn.Module) -> None:
         super().__init__(host)
@@ -57,7 +58,7 @@ class LadderRung(_LadderBase):
         self._before(self._host[0], self._read)
 
     def update_layer(self, adapter_name: str, *, rank: int, init: str, init_weights: bool, is_first: bool) -> None:
-        """Adds an adapter; the first rung of a ladder starts the state, the others mix it (A). See [`S2ASideConfig`]."""
+        """Adds an adapter; the first rung of a ladder starts the state, others mix it (A). See [`S2ASideConfig`]."""
         like = self.reference_tensor()
         first = projections(self._host[0])[0]
         down = frozen_projection(first, (rank, input_width(first)), init)
@@ -148,8 +149,8 @@ class LadderTop(_LadderBase):
         if module.training and getattr(module, "gradient_checkpointing", False):
             raise RuntimeError(
                 "Beside a backbone without a task head a ladder joins the output of the last block, which gradient "
-                "checkpointing would run twice. It has nothing to save here, since the backbone keeps nothing for backward: "
-                "call `gradient_checkpointing_disable()`."
+                "checkpointing would run twice. It has nothing to save here, since the backbone keeps nothing for "
+                "backward: call `gradient_checkpointing_disable()`."
             )
         joined = with_tensor(output, self._join(as_tensor(output)))
         self._in_flight.clear()

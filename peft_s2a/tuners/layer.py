@@ -2,10 +2,11 @@
 
 Two ways of reaching a module of the base model:
 
-* A leaf (linear, convolution, normalisation) is wrapped, `parent.fc1 = BiasLayer(base_layer=fc1)`, as everywhere in PEFT.
-* A module with children of its own (an attention layer, an MLP, a stage) keeps its place and class: PEFT skips whatever
-  lies inside a wrapper when a second adapter is injected or everything is unloaded, so wrapping it would hide its leaves.
-  An `AttachedLayer` is registered as its child and acts through forward hooks.
+* A leaf (linear, convolution, normalisation) is wrapped, `parent.fc1 = BiasLayer(base_layer=fc1)`, as everywhere in
+  PEFT.
+* A module with children of its own (an attention layer, an MLP, a stage) keeps its place and class: PEFT skips
+  whatever lies inside a wrapper when a second adapter is injected or everything is unloaded, so wrapping it would hide
+  its leaves. An `AttachedLayer` is registered as its child and acts through forward hooks.
 
 Parameters are named `s2a_*` and held in dictionaries keyed by adapter, directly below the layer. PEFT and transformers
 both rely on this when they insert the adapter's name into the keys of a checkpoint.
@@ -24,8 +25,8 @@ from torch import nn
 class S2ALayer(nn.Module, BaseTunerLayer):
     """Base class of the S2A layers.
 
-    A subclass lists its parameter dictionaries in `adapter_layer_names` (trained) and `other_param_names` (frozen), and
-    says in `not_mergeable` why an adapter cannot be merged, or implements `_merge_adapter`.
+    A subclass lists its parameter dictionaries in `adapter_layer_names` (trained) and `other_param_names` (frozen),
+    and says in `not_mergeable` why an adapter cannot be merged, or implements `_merge_adapter`.
     """
 
     def __init__(self) -> None:
@@ -100,8 +101,8 @@ class S2ALayer(nn.Module, BaseTunerLayer):
 class AttachedLayer(S2ALayer):
     """A layer that is a child of the module it adapts and acts through hooks on it or on other modules.
 
-    A subclass says in `_hook` which hooks it needs; they must be bound methods of the layer, so that they follow it when a
-    model is copied.
+    A subclass says in `_hook` which hooks it needs; they must be bound methods of the layer, so that they follow it
+    when a model is copied.
     """
 
     attribute: str
@@ -143,8 +144,9 @@ class AttachedLayer(S2ALayer):
     def _refuse_replicas(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if getattr(module, "_is_replica", False):
             raise RuntimeError(
-                "S2A does not run under torch.nn.DataParallel, whose replicas share the hooks, and so the weights, of the "
-                "original. Start one process per device (`accelerate launch` or `torchrun`), or let one device be visible."
+                "S2A does not run under torch.nn.DataParallel, whose replicas share the hooks, and so the weights, "
+                "of the original. Start one process per device (`accelerate launch` or `torchrun`), or let one "
+                "device be visible."
             )
 
     def detach_from_host(self) -> None:
@@ -185,8 +187,8 @@ def first_tensor(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
         if isinstance(value, torch.Tensor):
             return value
     raise ValueError(
-        "An S2A layer sits on a module whose arguments include no tensor (a head that reads several feature maps, say). "
-        "Leave that module out with `exclude_modules`, or use `side_mode='residual'` instead of a ladder."
+        "An S2A layer sits on a module whose arguments include no tensor (a head that reads several feature maps, "
+        "say). Leave that module out with `exclude_modules`, or use `side_mode='residual'` instead of a ladder."
     )
 
 
@@ -208,8 +210,8 @@ def as_tensor(output: Any) -> torch.Tensor:
     tensor = output[0] if isinstance(output, (tuple, list)) and output else output
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(
-            f"An S2A layer sits on a module that returns a {type(output).__name__} and no tensor or tuple that starts with "
-            "one. Leave that module out with `exclude_modules`."
+            f"An S2A layer sits on a module that returns a {type(output).__name__} and no tensor or tuple that "
+            "starts with one. Leave that module out with `exclude_modules`."
         )
     return tensor
 

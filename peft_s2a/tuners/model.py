@@ -51,7 +51,8 @@ class S2AModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        # On the instance: PEFT wants the prefix of a registered class to be its type's name, and this class serves four.
+        # On the instance: PEFT wants the prefix of a registered class to be its type's name, and this class serves
+        # four.
         self.__dict__["prefix"] = PREFIX
         super().__init__(model, *args, **kwargs)
 
@@ -73,8 +74,8 @@ class S2AModel(BaseTuner):
         if "." in adapter_name or any(hasattr(kind({}), adapter_name) for kind in (nn.ParameterDict, BufferDict)):
             self._discard_adapter(adapter_name)
             raise ValueError(
-                f"An adapter cannot be called {adapter_name!r}: its weights are held under this name by torch modules, which "
-                "allow no dots and none of their own attributes. Choose another name."
+                f"An adapter cannot be called {adapter_name!r}: its weights are held under this name by torch "
+                "modules, which allow no dots and none of their own attributes. Choose another name."
             )
         # What is decided for this model goes into a copy, so that the user's configuration serves other models too.
         config = self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
@@ -215,8 +216,8 @@ class S2AModel(BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None:  # PEFT would drop the argument without a word
             raise ValueError(
-                "S2A does not mix adapters within a batch, as `adapter_names` asks for: split the batch by adapter and call "
-                "`set_adapter` before each part."
+                "S2A does not mix adapters within a batch, as `adapter_names` asks for: split the batch by adapter "
+                "and call `set_adapter` before each part."
             )
         yield
 
@@ -227,7 +228,7 @@ class S2AModel(BaseTuner):
         return any(config.activation_quantization is not None for config in self.peft_config.values())
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Deletes an adapter; see `BaseTuner.delete_adapter`. Activations are quantised as long as an adapter wants it."""
+        """Deletes an adapter; see `BaseTuner.delete_adapter`. Activations stay quantised while an adapter wants it."""
         did_quantize = self._quantizes_activations
         super().delete_adapter(adapter_name)
         if did_quantize and not self._quantizes_activations:
@@ -269,8 +270,8 @@ class S2AModel(BaseTuner):
         """Adds the active (or the named) adapters to the base weights; see `BaseTuner.merge_adapter`.
 
         Raises:
-            ValueError: if an adapter has prompts, activation functions or branches around several layers, which no weight
-                can hold. Nothing is changed then.
+            ValueError: if an adapter has prompts, activation functions or branches around several layers, which no
+                weight can hold. Nothing is changed then.
         """
         self._check_mergeable(adapter_names)
         super().merge_adapter(adapter_names, safe_merge=safe_merge)
@@ -317,8 +318,8 @@ class S2AModel(BaseTuner):
         ]
         if wrong:
             raise RuntimeError(
-                f"size mismatch for {len(wrong)} tensors of the adapter ({_some(wrong)}): its configuration is not the one "
-                "that it was trained with. None of them was loaded."
+                f"size mismatch for {len(wrong)} tensors of the adapter ({_some(wrong)}): its configuration is not "
+                "the one that it was trained with. None of them was loaded."
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
 

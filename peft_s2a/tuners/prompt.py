@@ -23,16 +23,17 @@ class _PromptBase(AttachedLayer):
 
 
 class PromptLayer(_PromptBase):
-    r"""Gives its host, an attention layer, a gated second attention: `o = attn(q, K, V) + tanh(g) * attn(q, K_p, V_p)`.
+    r"""Gives an attention layer, its host, a second, gated one: `o = attn(q, K, V) + tanh(g) * attn(q, K_p, V_p)`.
 
     K_p and V_p are P learned tokens per head, g one gate per head that starts at zero, so that the output is the base
-    model's at the start (zero-init attention, LLaMA-Adapter, Zhang et al. 2023, arXiv:2303.16199, section 3.2, where the
-    prompts pass through the layer's own key and value projections; learned keys and values are our choice, as is that the
-    query of the first attention is used before position embeddings rotate it: prompts have no position). Deep prompts are
-    from VPT (Jia et al. 2022, arXiv:2203.12119, section 3.2).
+    model's at the start (zero-init attention, LLaMA-Adapter, Zhang et al. 2023, arXiv:2303.16199, section 3.2, where
+    the prompts pass through the layer's own key and value projections; learned keys and values are our choice, as is
+    that the query of the first attention is used before position embeddings rotate it: prompts have no position). Deep
+    prompts are from VPT (Jia et al. 2022, arXiv:2203.12119, section 3.2).
 
-    The query is what the query projection puts out, and the result is added to what the output projection reads. So token
-    counts, masks, windows, position biases, and whichever implementation computes the first attention are left alone.
+    The query is what the query projection puts out, and the result is added to what the output projection reads. So
+    token counts, masks, windows, position biases, and whichever implementation computes the first attention are left
+    alone.
 
     Args:
         host: the attention layer.
@@ -103,9 +104,9 @@ class PromptLayer(_PromptBase):
 class InputPromptLayer(_PromptBase):
     """Adds a learned pattern to the image that the first convolution of a network without attention reads.
 
-    The pattern is a small image [channels, P, P], zero at the start, stretched bilinearly to the size of the input, so it
-    does not depend on the resolution (visual prompting, Bahng et al. 2022, arXiv:2203.17274, section 3, which pads or
-    patches images at a fixed size; stretching is our choice).
+    The pattern is a small image [channels, P, P], zero at the start, stretched bilinearly to the size of the input, so
+    it does not depend on the resolution (visual prompting, Bahng et al. 2022, arXiv:2203.17274, section 3, which pads
+    or patches images at a fixed size; stretching is our choice).
 
     Args:
         host: the layer around the first convolution.

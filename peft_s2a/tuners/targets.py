@@ -69,8 +69,8 @@ class Attention:
 def visible_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(name, base module) of all modules but the root, as if no adapter were there.
 
-    Wrapped leaves appear under the wrapper's name; what adapters and `modules_to_save` added does not appear, nor do the
-    parts of an `nn.MultiheadAttention`, which it never calls as modules.
+    Wrapped leaves appear under the wrapper's name; what adapters and `modules_to_save` added does not appear, nor do
+    the parts of an `nn.MultiheadAttention`, which it never calls as modules.
     """
     hidden: list[str] = []
     for name, module in model.named_modules():
@@ -88,8 +88,8 @@ def find_task_heads(model: nn.Module) -> list[str]:
     """The names of the modules that turn a backbone's features into the task's output.
 
     For transformers models these are all children with weights beside the base model, or those named so where the base
-    model is no child of its own (CLIP, SigLIP, UperNet); a bare backbone has none. timm models say what their classifier
-    is; in other modules it is a child with one of the usual names.
+    model is no child of its own (CLIP, SigLIP, UperNet); a bare backbone has none. timm models say what their
+    classifier is; in other modules it is a child with one of the usual names.
     """
     timm_model = getattr(model, "timm_model", model)
     children = dict(model.named_children())
@@ -175,7 +175,7 @@ def _head_count(modules: list[nn.Module], width: int) -> int:
 
 
 def find_mlps(model: nn.Module) -> list[str]:
-    """The MLPs of a model: the smallest modules of Linears (and depthwise convolutions) that return to their input width.
+    """The MLPs of a model: the smallest modules of Linears (and depthwise convolutions) with equal in- and output width.
 
     An MLP split over two siblings `intermediate` and `output` is named by the latter.
     """
@@ -263,12 +263,12 @@ def resolve_targets(model: nn.Module, config: _S2ABaseConfig) -> dict[str, list[
         config: the configuration of the adapter to be added. `modules_to_save` has been resolved.
 
     Returns:
-        structure ("bias", "prompt", "side", or "ladder" in ladder mode) -> full module names; under "statistics" the batch
-        normalisations whose running statistics are frozen or belong to the adapter.
+        structure ("bias", "prompt", "side", or "ladder" in ladder mode) -> full module names; under "statistics" the
+        batch normalisations whose running statistics are frozen or belong to the adapter.
 
     Raises:
-        NoMatchingPeftModuleError: (a ValueError) if a requested structure has no place to go, or if recorded targets are
-            not in this model.
+        NoMatchingPeftModuleError: (a ValueError) if a requested structure has no place to go, or if recorded targets
+            are not in this model.
         ValueError: if recorded targets do not fit the modules or the structures of the configuration.
     """
     ladder = getattr(config, "side_mode", "residual") == "ladder"
@@ -323,15 +323,15 @@ def _check_recorded_targets(model: nn.Module, config: _S2ABaseConfig, structures
         if missing:
             raise NoMatchingPeftModuleError(
                 f"The configuration was made for modules that {type(model).__name__} does not have: {missing[:3]}"
-                f"{' and others' if len(missing) > 3 else ''}. Use the base model that the adapter was trained with, or a "
-                f"new {type(config).__name__} for a new model."
+                f"{' and others' if len(missing) > 3 else ''}. Use the base model that the adapter was trained with, "
+                f"or a new {type(config).__name__} for a new model."
             )
         for name in names:
             is_stem = structure == "prompt" and not attention and isinstance(modules[name], nn.Conv2d)
             if not is_stem and not _can_carry(structure, name, modules[name], attention):
                 raise ValueError(
-                    f"`structure_targets` puts {structure!r} on {name!r}, a {type(modules[name]).__name__}, which cannot "
-                    "carry it. Use the base model that the adapter was trained with."
+                    f"`structure_targets` puts {structure!r} on {name!r}, a {type(modules[name]).__name__}, which "
+                    "cannot carry it. Use the base model that the adapter was trained with."
                 )
 
 
@@ -361,8 +361,8 @@ def _raise_no_place(model: nn.Module, config: _S2ABaseConfig, structure: str) ->
         f", or train without it: `structures={tuple(others)!r}`" if others and isinstance(config, S2AConfig) else ""
     )
     raise NoMatchingPeftModuleError(
-        f"The structure {structure!r} has no place to go in {type(model).__name__}: it serves {serves[structure]}, and this "
-        f"model {found}. Name suitable modules in `target_modules`{advice}."
+        f"The structure {structure!r} has no place to go in {type(model).__name__}: it serves {serves[structure]}, "
+        f"and this model {found}. Name suitable modules in `target_modules`{advice}."
     )
 
 
@@ -427,9 +427,9 @@ def _default_targets(model: nn.Module, config: _S2ABaseConfig, structures: tuple
 def _default_bias_targets(model: nn.Module, config: _S2ABaseConfig) -> list[str]:
     """Leaves whose offset has an effect and can be merged: those that have a bias, and norms with only a scale.
 
-    Left out are key projections (softmax does not see a constant added to all scores of a query, so their bias never gets
-    a gradient), convolutions without a bias (a normalisation that has one follows them) and fused projections whose
-    attention reads their weight directly.
+    Left out are key projections (softmax does not see a constant added to all scores of a query, so their bias never
+    gets a gradient), convolutions without a bias (a normalisation that has one follows them) and fused projections
+    whose attention reads their weight directly.
     """
     modules = dict(visible_modules(model))
     found = []

@@ -28,8 +28,9 @@ def data():
 def test_more_bits_are_closer_to_the_exact_gradient(model, data):
     exact = [fidelity.gradient(model, batch) for batch in data]
     found = [
-        fidelity.compare(model, data, exact, ActivationQuantizationConfig(bits=bits, group_size=16)) for bits in (2, 4, 8)
-    ]  # fmt: skip
+        fidelity.compare(model, data, exact, ActivationQuantizationConfig(bits=bits, group_size=16))
+        for bits in (2, 4, 8)
+    ]
     errors = [result["relative_error"] for result in found]
     assert errors[0] > errors[1] > errors[2] > 0
     assert 0.99 < found[2]["worst_cosine"] <= found[2]["cosine"] <= 1

@@ -55,11 +55,17 @@ def test_reduced_runs_are_left_out_and_devices_stand_side_by_side(results):
 def test_memory_is_given_beside_lora_of_the_same_backbone(results):
     shared = {"axis": None, "batch_size": 8, "autocast": False}
     rows = [
-        {**shared, "backbone": backbone, "method": method, "saved_bytes_per_image": size * 2**20, "peak_bytes": size * 2**20,
-         "step_seconds": size}
+        {
+            **shared,
+            "backbone": backbone,
+            "method": method,
+            "saved_bytes_per_image": size * 2**20,
+            "peak_bytes": size * 2**20,
+            "step_seconds": size,
+        }
         for backbone, lora in (("a", 10), ("b", 100))
         for method, size in (("LoRA", lora), ("S2A", lora / 4), ("S2A, no tiles", lora))
-    ]  # fmt: skip
+    ]
     rows.append({**shared, "backbone": "b", "method": "LoRA + checkpointing", "skipped": "not supported"})
     write_result(results / "memory_and_speed-main-x.json", {"environment": describe_environment(), "rows": rows})
     section = readme.section("memory")

@@ -1,5 +1,6 @@
-"""What only a CUDA device shows: whole training steps, what kernels allocate, what a smaller batch compiles. The kernels themselves
-are compared with the reference in `tests/activations/test_triton.py`, which runs them on the device where there is one."""
+"""What only a CUDA device shows: whole training steps, what kernels allocate, what a smaller batch compiles. The
+kernels themselves are compared with the reference in `tests/activations/test_triton.py`, which runs them on the device
+where there is one."""
 
 import contextlib
 

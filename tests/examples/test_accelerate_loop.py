@@ -30,7 +30,8 @@ def accuracies(printed):
 
 @pytest.mark.parametrize(
     ("activation_bits", "tolerance"),
-    # Columns of norms are standardised over the tokens of a batch, so a process with half of the batch rounds differently.
+    # Columns of norms are standardised over the tokens of a batch, so a process with half of the batch rounds
+    # differently.
     [(0, 1e-5), (4, 0.1)],
 )
 def test_two_processes_end_with_the_adapter_of_one(checkpoint, image_folders, tmp_path, activation_bits, tolerance):

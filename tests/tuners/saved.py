@@ -9,7 +9,7 @@ from torch import nn
 
 
 def saved_tensors(run: Callable[[], torch.Tensor], model: nn.Module) -> list[torch.Tensor]:
-    """The tensors kept for the backward pass of what `run` computes, but for parameters and buffers and views of them."""
+    """The tensors kept for the backward pass of what `run` computes, except parameters, buffers and views of them."""
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, torch.Tensor] = {}
 

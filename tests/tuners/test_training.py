@@ -1,7 +1,7 @@
 """Training is stable at the defaults over the learning rates that people use for LoRA.
 
-The task is real: handwritten digits for the small backbone of the examples, which was pretrained on clothes. The learning
-rate is constant and there is no warm-up, which is harsher than the schedules of practice.
+The task is real: handwritten digits for the small backbone of the examples, which was pretrained on clothes. The
+learning rate is constant and there is no warm-up, which is harsher than the schedules of practice.
 """
 
 from __future__ import annotations
