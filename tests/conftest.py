@@ -10,20 +10,20 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-# Triton's kernels run in its interpreter where there is no GPU. It has to know before anything imports it, as PEFT
-# does.
+# Triton's kernels run in its interpreter where there is no GPU. It has to know before it is imported, as by PEFT.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# transformers imports torchvision wherever it is installed, and torchvision's wheels refuse to be imported beside a
-# CPU-only torch, which lacks the two operators that they only describe. So timm and torchvision live in a folder of
-# their own (the Makefile's), and the operators are declared before anything imports them.
+# transformers imports torchvision wherever it is installed, and torchvision's wheels for CUDA refuse to be imported
+# beside a CPU-only torch: they cannot load their own library, and then describe two operators that are not there. So
+# timm and torchvision live in a folder of their own (the Makefile's), and where the import fails the operators are
+# declared.
 TIMM_FOLDER = Path(sys.prefix) / "timm"
 if TIMM_FOLDER.is_dir():
     sys.path.append(str(TIMM_FOLDER))
     try:
-        torch.ops.torchvision.nms  # noqa: B018
-    except AttributeError:
+        import torchvision  # noqa: F401
+    except RuntimeError:
         TORCHVISION = torch.library.Library("torchvision", "DEF")
         TORCHVISION.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         TORCHVISION.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

@@ -175,7 +175,7 @@ def _head_count(modules: list[nn.Module], width: int) -> int:
 
 
 def find_mlps(model: nn.Module) -> list[str]:
-    """The MLPs of a model: the smallest modules of Linears (and depthwise convolutions) with equal in- and output width.
+    """The MLPs of a model: the smallest modules of Linears (and depthwise convolutions) with equal widths in and out.
 
     An MLP split over two siblings `intermediate` and `output` is named by the latter.
     """
