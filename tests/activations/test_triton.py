@@ -113,16 +113,16 @@ class TestAttention:
             (1, 32, (1, 1, 5, 70, 32, 32), (1, 1, 1, 70), True, False),
         ],
     )
-    def test_gradients_are_the_references(self, **case):
-        kernel_checks.check_attention(triton, DEVICE, **case)
+    def test_gradients_are_the_references(self, dtype, bits, group, sizes, mask, is_causal, means):
+        kernel_checks.check_attention(triton, DEVICE, dtype, bits, group, sizes, mask, is_causal, means)
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize(
         ("bits", "group", "sizes"),
         [(4, 16, (2, 3, 70, 8, 24, 40)), (3, 32, (1, 2, 5, 1, 8, 5)), (8, 7, (2, 1, 33, 20, 30, 30))],
     )
-    def test_prompts(self, **case):
-        kernel_checks.check_prompts(triton, DEVICE, **case)
+    def test_prompts(self, dtype, bits, group, sizes):
+        kernel_checks.check_prompts(triton, DEVICE, dtype, bits, group, sizes)
 
     def test_a_gradient_of_the_mask_comes_from_the_reference(self):
         query = random((1, 2, 6, 8), torch.float32, 0, device=DEVICE)
