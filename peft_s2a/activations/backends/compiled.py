@@ -201,11 +201,13 @@ def _encode_rows(
     packed = x.new_empty(rows, codec.packed_width(count, bits), dtype=torch.uint8)
     scales = x.new_empty(rows, codec.scales_width(count, group_size), dtype=torch.uint8)
     rstd = x.new_empty(rows if mode else 0, dtype=torch.float32)
-    columns = None if columns is None else columns.to(torch.float32)
+    if columns is not None:
+        mean, deviation = columns.to(torch.float32)
+        columns = torch.stack([mean, 1 / deviation])
     if x.numel():
         kernel(
             _pointer(x), *_long(rows, count), mode, ctypes.c_float(eps), bits, *_long(group_size), _seed(seed),
-            _pointer(columns), _pointer(packed), _pointer(scales), _pointer(rstd), torch.get_num_threads(),
+            _pointer(columns), *_long(1), _pointer(packed), _pointer(scales), _pointer(rstd), torch.get_num_threads(),
         )  # fmt: skip
     return packed, scales, rstd
 

@@ -12,6 +12,9 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 #define BLOCK 512
 #define INLINE static inline __attribute__((always_inline))
@@ -74,25 +77,27 @@ static void pack_row(const uint8_t *codes, long count, int bits, uint8_t *out) {
     }
 }
 
-static void unpack_row(const uint8_t *packed, long count, int bits, uint8_t *codes) {
-    if (bits == 8) {
-        memcpy(codes, packed, count);
-        return;
-    }
-    if (bits == 3) {
-        long low = packed_width(count, 2), high = packed_width(count, 1);
-        for (int s = 0; s < 4; s++)
-            for (long j = 0, n = MIN(low, count - s * low); j < n; j++) codes[s * low + j] = packed[j] >> 2 * s & 3;
-        for (int s = 0; s < 8; s++)
-            for (long j = 0, n = MIN(high, count - s * high); j < n; j++)
-                codes[s * high + j] |= (packed[low + j] >> s & 1) << 2;
-        return;
-    }
+/* Puts `bits` bits (a power of two) of elements `start` to `start + n` of a row of `count` at bit `place` of their codes. */
+INLINE void unpack_plane(const uint8_t *packed, long count, int bits, int place, long start, long n, uint8_t *codes) {
     long width = packed_width(count, bits);
     uint8_t mask = (uint8_t)((1 << bits) - 1);
-    for (int s = 0; s < 8 / bits; s++)
-        for (long j = 0, n = MIN(width, count - s * width); j < n; j++) codes[s * width + j] = packed[j] >> s * bits & mask;
+    for (long i = 0; i < n;) {
+        long part = (start + i) / width, end = MIN(n, (part + 1) * width - start);
+        const uint8_t *from = packed + start - part * width;
+        for (; i < end; i++) codes[i] = (place ? codes[i] : 0) | (from[i] >> part * bits & mask) << place;
+    }
 }
+
+/* The codes of elements `start` to `start + n` of a row of `count`. */
+static void unpack_run(const uint8_t *packed, long count, int bits, long start, long n, uint8_t *codes) {
+    if (bits == 8) memcpy(codes, packed + start, n);
+    else if (bits == 3) {
+        unpack_plane(packed, count, 2, 0, start, n, codes);
+        unpack_plane(packed + packed_width(count, 2), count, 1, 2, start, n, codes);
+    } else unpack_plane(packed, count, bits, 0, start, n, codes);
+}
+
+#define PAD16(n) (((n) + 15) / 16 * 16)
 
 typedef float vector16 __attribute__((vector_size(64)));
 typedef float loose16 __attribute__((vector_size(64), aligned(4))); /* anywhere in memory */
@@ -114,105 +119,214 @@ static inline float encode_unit(float largest, uint8_t *exponent) {
     return decode_unit(*exponent);
 }
 
-static inline float encode_bound(float bound, float inverse_unit, int8_t *kept) {
-    float rounded = rintf(bound * inverse_unit);
-    *kept = (int8_t)(rounded < -127 ? -127 : rounded > 127 ? 127 : rounded);
-    return (float)*kept;
-}
-
+/* b where one is not a number */
 INLINE vector16 smaller16(vector16 a, vector16 b) {
+#ifdef __AVX512F__
+    return (vector16)_mm512_min_ps((__m512)a, (__m512)b);
+#else
     index16 take = a < b;
     return (vector16)(((index16)a & take) | ((index16)b & ~take));
+#endif
 }
 
-static inline void range_of(const float *x, long n, float *low, float *high) {
-    float a = x[0], b = x[0];
-    long i = 1;
-    if (n >= 16) {
-        vector16 lows = *(const loose16 *)x, negated = -lows;
-        for (i = 16; i + 16 <= n; i += 16) {
-            vector16 next = *(const loose16 *)(x + i);
-            lows = smaller16(lows, next), negated = smaller16(negated, -next);
+INLINE vector16 larger16(vector16 a, vector16 b) {
+#ifdef __AVX512F__
+    return (vector16)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    index16 take = a > b;
+    return (vector16)(((index16)a & take) | ((index16)b & ~take));
+#endif
+}
+
+/* Rounded to the nearest integer, for magnitudes below 2^22 */
+INLINE vector16 nearest16(vector16 x) {
+#ifdef __AVX512F__
+    return (vector16)_mm512_roundscale_ps((__m512)x, 0);
+#else
+    for (int k = 0; k < 16; k++) x[k] = rintf(x[k]);
+    return x;
+#endif
+}
+
+/* Sixteen bytes from and to whole numbers: GCC 12 takes conversions of vectors apart. */
+INLINE vector16 from_bytes16(const uint8_t *bytes) {
+#ifdef __AVX512F__
+    return (vector16)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)bytes)));
+#else
+    vector16 x;
+    for (int k = 0; k < 16; k++) x[k] = bytes[k];
+    return x;
+#endif
+}
+
+INLINE void to_bytes16(index16 x, void *bytes) {
+#ifdef __AVX512F__
+    _mm_storeu_si128(bytes, _mm512_cvtepi32_epi8((__m512i)x));
+#else
+    for (int k = 0; k < 16; k++) ((uint8_t *)bytes)[k] = (uint8_t)x[k];
+#endif
+}
+
+/* Lane i becomes the smallest (largest) lane of v[i], for n up to 16: neighbouring lanes are joined until one is left. */
+INLINE vector16 extremes16(vector16 *v, long n, int largest) {
+    const index16 even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30}, odd = even + 1;
+    for (int level = 0; level < 4; level++) {
+        if (n % 2) v[n] = v[n - 1];
+        n = (n + 1) / 2;
+        for (long i = 0; i < n; i++) {
+            vector16 a = __builtin_shuffle(v[2 * i], v[2 * i + 1], even);
+            vector16 b = __builtin_shuffle(v[2 * i], v[2 * i + 1], odd);
+            v[i] = largest ? larger16(a, b) : smaller16(a, b);
         }
-        static const index16 swaps[4] = {{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7},
-                                         {4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11},
-                                         {2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13},
-                                         {1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14}};
-        for (int k = 0; k < 4; k++) {
-            lows = smaller16(lows, __builtin_shuffle(lows, swaps[k]));
-            negated = smaller16(negated, __builtin_shuffle(negated, swaps[k]));
-        }
-        a = lows[0], b = -negated[0];
     }
-    for (; i < n; i++) a = x[i] < a ? x[i] : a, b = x[i] > b ? x[i] : b;
-    *low = a, *high = b;
+    return v[0];
 }
 
-typedef uint8_t bytes16 __attribute__((vector_size(16)));
+#define CHUNK 64 /* groups that are coded together; a multiple of 16 and of UNIT_GROUPS */
+
+/* Whether groups of a row can be read as whole vectors of sixteen. */
+static inline int in_vectors(long count, long group) { return group % 16 == 0 || group >= count; }
+
+/* Smallest and largest value of each of up to CHUNK groups; the last one of a row may be shorter, but is filled up. */
+static void ranges_of(const float *x, long count, long group, vector16 *low, vector16 *high) {
+    long groups = (count + group - 1) / group;
+    for (long first = 0; first < groups; first += 16) {
+        vector16 lows[16], highs[16];
+        long here = MIN(16, groups - first);
+        for (long g = 0; g < here; g++) {
+            const float *v = x + (first + g) * group;
+            long n = MIN(group, count - (first + g) * group);
+            if (in_vectors(count, group)) {
+                lows[g] = highs[g] = *(const loose16 *)v;
+                for (long i = 16; i < n; i += 16) {
+                    vector16 next = *(const loose16 *)(v + i);
+                    lows[g] = smaller16(lows[g], next), highs[g] = larger16(highs[g], next);
+                }
+            } else {
+                lows[g] = highs[g] = (vector16){0} + v[0];
+                for (long i = 1; i < n; i++) {
+                    vector16 next = (vector16){0} + v[i];
+                    lows[g] = smaller16(lows[g], next), highs[g] = larger16(highs[g], next);
+                }
+            }
+        }
+        low[first / 16] = extremes16(lows, here, 0), high[first / 16] = extremes16(highs, here, 1);
+    }
+}
 
 INLINE void codes_of_16(const float *x, float offset, float inverse_step, vector16 threshold, float top, uint8_t *codes) {
     const vector16 zero = {0};
     vector16 unit = (*(const loose16 *)x - offset) * inverse_step + threshold;
-    unit = smaller16(unit, zero + top);
-    unit = (vector16)((index16)unit & (unit > zero));
-    bytes16 rounded = __builtin_convertvector(__builtin_convertvector(unit, index16), bytes16);
-    memcpy(codes, &rounded, 16);
+    unit = larger16(smaller16(unit, zero + top), zero); /* truncation is floor then; what is not a number becomes 0 */
+    to_bytes16(__builtin_convertvector(unit, index16), codes);
 }
 
-/* Code one row in groups: its scales to `scales`, one code a byte to `codes`. */
-static void encode_row(const float *x, long count, int bits, long group, const int64_t *seed, uint32_t position,
-                       uint8_t *scales, uint8_t *codes) {
+/* Where the scales of a row of `groups` groups lie, from group `first` on (a multiple of UNIT_GROUPS). */
+typedef struct {
+    uint8_t *exponents;
+    int8_t *lows, *highs;
+} Scales;
+
+static inline Scales scales_from(const uint8_t *scales, long groups, long first) {
+    int8_t *lows = (int8_t *)scales + (groups + UNIT_GROUPS - 1) / UNIT_GROUPS;
+    return (Scales){(uint8_t *)scales + first / UNIT_GROUPS, lows + first, lows + groups + first};
+}
+
+INLINE vector16 rounded_bound(vector16 bound, vector16 inverse_unit) {
+    const vector16 zero = {0};
+    return larger16(smaller16(nearest16(bound * inverse_unit), zero + 127), zero - 127);
+}
+
+/* Code up to CHUNK groups: one code a byte to `codes`. Behind x and codes there is room up to 15 further elements,
+ * which in x are equal to the last. `position` is that of the first value in the tensor. */
+static void encode_chunk(const float *x, long count, int bits, long group, const int64_t *seed, uint32_t position,
+                         Scales to, uint8_t *codes) {
     float top = (float)((1 << bits) - 1);
-    long groups = (count + group - 1) / group, units = (groups + UNIT_GROUPS - 1) / UNIT_GROUPS;
-    int8_t *lows = (int8_t *)scales + units, *highs = lows + groups;
-    for (long u = 0; u < units; u++) {
-        float low[UNIT_GROUPS], high[UNIT_GROUPS], offset[UNIT_GROUPS], inverse[UNIT_GROUPS], largest = 0;
-        long first = u * UNIT_GROUPS, n_groups = MIN(UNIT_GROUPS, groups - first);
-        for (long g = 0; g < n_groups; g++) {
-            long start = (first + g) * group;
-            range_of(x + start, MIN(group, count - start), &low[g], &high[g]);
-            float magnitude = fabsf(low[g]) > fabsf(high[g]) ? fabsf(low[g]) : fabsf(high[g]);
-            largest = magnitude > largest ? magnitude : largest;
+    long groups = (count + group - 1) / group;
+    vector16 low[CHUNK / 16], high[CHUNK / 16], unit = {0}, inverse_unit = {0}, offset[CHUNK / 16], inverse[CHUNK / 16];
+    int8_t kept[2][CHUNK];
+    ranges_of(x, count, group, low, high);
+    for (long v = 0; v * 16 < groups; v++) {
+        vector16 magnitude = larger16(larger16(low[v], -low[v]), larger16(high[v], -high[v]));
+        for (long g = 0, here = MIN(16, groups - v * 16); g < here; g += UNIT_GROUPS) {
+            float largest = 0;
+            for (long k = g; k < MIN(g + UNIT_GROUPS, here); k++) largest = magnitude[k] > largest ? magnitude[k] : largest;
+            float size = encode_unit(largest, to.exponents + (v * 16 + g) / UNIT_GROUPS);
+            for (long k = g; k < g + UNIT_GROUPS; k++) unit[k] = size, inverse_unit[k] = size == 0 ? 0 : 1 / size;
         }
-        float unit = encode_unit(largest, scales + u), inverse_unit = unit == 0 ? 0 : 1 / unit;
-        for (long g = 0; g < n_groups; g++) {
-            float a = encode_bound(low[g], inverse_unit, lows + first + g);
-            float b = encode_bound(high[g], inverse_unit, highs + first + g);
-            float step = (b - a) * unit / top;
-            offset[g] = a * unit, inverse[g] = step == 0 ? 0 : 1 / step;
-        }
-        for (long g = 0; g < n_groups; g++) {
-            long start = (first + g) * group, n = MIN(group, count - start), i = 0;
-            const float *v = x + start;
-            for (; i + 16 <= n; i += 16) {
-                vector16 threshold;
-                for (int k = 0; k < 16; k++) threshold[k] = threshold_at(seed, position + (uint32_t)(start + i + k));
-                codes_of_16(v + i, offset[g], inverse[g], threshold, top, codes + start + i);
-            }
-            for (; i < n; i++) { /* truncation is floor: negative values are cut to 0 */
-                float code = (v[i] - offset[g]) * inverse[g] + threshold_at(seed, position + (uint32_t)(start + i));
-                codes[start + i] = (uint8_t)(int)(code < 0 ? 0 : code > top ? top : code);
-            }
-        }
+        vector16 a = rounded_bound(low[v], inverse_unit), b = rounded_bound(high[v], inverse_unit);
+        vector16 step = (b - a) * unit / top;
+        offset[v] = a * unit, inverse[v] = (vector16)((index16)(1 / step) & (step != 0));
+        to_bytes16(__builtin_convertvector(a, index16), kept[0] + v * 16);
+        to_bytes16(__builtin_convertvector(b, index16), kept[1] + v * 16);
     }
+    memcpy(to.lows, kept[0], groups), memcpy(to.highs, kept[1], groups);
+    for (long g = 0; g < groups; g++) /* sixteen at a time: the next group writes over what is too much */
+        for (long start = g * group, i = start; i < MIN(start + group, count); i += 16) {
+            vector16 threshold = (vector16){0} + 0.5f;
+            if (seed)
+                for (int k = 0; k < 16; k++) threshold[k] = threshold_at(seed, position + (uint32_t)(i + k));
+            codes_of_16(x + i, ((float *)offset)[g], ((float *)inverse)[g], threshold, top, codes + i);
+        }
 }
 
-static void decode_row(const uint8_t *codes, const uint8_t *scales, long count, int bits, long group, float *out) {
-    float top = (float)((1 << bits) - 1);
-    long groups = (count + group - 1) / group, units = (groups + UNIT_GROUPS - 1) / UNIT_GROUPS;
-    const int8_t *lows = (const int8_t *)scales + units, *highs = lows + groups;
+/* The values behind up to CHUNK groups of codes. Both have room up to the next multiple of 16. */
+static void decode_chunk(const uint8_t *codes, Scales from, long count, int bits, long group, float *out) {
+    float top = (float)((1 << bits) - 1), offset[CHUNK], step[CHUNK], unit[CHUNK];
+    long groups = (count + group - 1) / group;
+    for (long g = 0; g < groups; g++) unit[g] = decode_unit(from.exponents[g / UNIT_GROUPS]);
     for (long g = 0; g < groups; g++) {
-        long start = g * group, n = MIN(group, count - start);
-        float unit = decode_unit(scales[g / UNIT_GROUPS]), offset = lows[g] * unit;
-        float step = (float)(highs[g] - lows[g]) * unit / top;
-        if (n == 16)
-            for (long i = 0; i < 16; i++) out[start + i] = (float)codes[start + i] * step + offset;
-        else
-            for (long i = 0; i < n; i++) out[start + i] = (float)codes[start + i] * step + offset;
+        offset[g] = from.lows[g] * unit[g];
+        step[g] = (float)(from.highs[g] - from.lows[g]) * unit[g] / top;
+    }
+    for (long g = 0; g < groups; g++) {
+        long i = g * group, end = MIN(i + group, count);
+        if (in_vectors(count, group))
+            for (; i < end; i += 16) *(loose16 *)(out + i) = from_bytes16(codes + i) * step[g] + offset[g];
+        for (; i < end; i++) out[i] = (float)codes[i] * step[g] + offset[g];
     }
 }
 
-#define PAD16(n) (((n) + 15) / 16 * 16)
+/* Rows of codes in groups. */
+typedef struct {
+    const uint8_t *packed, *scales;
+    long count, width, groups, stride, group, span; /* of a row: values, bytes, groups, bytes of scales; values of a chunk */
+    int bits;
+} Rows;
+
+static Rows coded_rows(const uint8_t *packed, const uint8_t *scales, long count, int bits, long group) {
+    long groups = (count + group - 1) / group, chunks = (groups + CHUNK - 1) / CHUNK;
+    return (Rows){packed, scales, count, packed_width(count, bits), groups, scales_width(groups), group,
+                  chunks > 1 ? CHUNK * group : count, bits};
+}
+
+static inline long chunks_of(const Rows *rows) { return (rows->count + rows->span - 1) / rows->span; }
+
+/* Decode chunk `chunk` of row `row`; the number of its values. There shall be room for PAD16(span) values and codes. */
+static long decode_part(const Rows *rows, long row, long chunk, uint8_t *codes, float *values) {
+    long start = chunk * rows->span, n = MIN(rows->span, rows->count - start);
+    unpack_run(rows->packed + row * rows->width, rows->count, rows->bits, start, n, codes);
+    decode_chunk(codes, scales_from(rows->scales + row * rows->stride, rows->groups, chunk * CHUNK), n, rows->bits,
+                 rows->group, values);
+    return n;
+}
+
+static void decode_row(const Rows *rows, long row, uint8_t *codes, float *values) {
+    for (long chunk = 0; chunk < chunks_of(rows); chunk++) decode_part(rows, row, chunk, codes, values + chunk * rows->span);
+}
+
+/* Code and pack row `row`, of which there is `values`, with room as `encode_chunk` wants it. */
+static void encode_row(const Rows *rows, long row, float *values, const int64_t *seed, uint8_t *codes) {
+    long count = rows->count;
+    for (long i = count; i < count + 15; i++) values[i] = values[count - 1];
+    for (long chunk = 0; chunk < chunks_of(rows); chunk++) {
+        long start = chunk * rows->span;
+        encode_chunk(values + start, MIN(rows->span, count - start), rows->bits, rows->group, seed,
+                     (uint32_t)(row * count + start),
+                     scales_from(rows->scales + row * rows->stride, rows->groups, chunk * CHUNK), codes + start);
+    }
+    pack_row(codes, count, rows->bits, (uint8_t *)rows->packed + row * rows->width);
+}
 
 /* One tile of a matrix product, in registers: c[r, 16 v] (+)= sum over k of a[r, k] b[k, 16 v]. */
 INLINE void product_tile(int rows, int vectors, const float *a, long a_row, long a_step, const float *b, long b_step,
@@ -322,10 +436,10 @@ static void transpose(const float *x, long rows, long columns, long x_row, float
 /* Queries, keys or values of one head: [rows, PAD16(count)], filled up with zeros. */
 static void decode_head(const uint8_t *packed, const uint8_t *scales, const uint16_t *mean, long rows, long count, int bits,
                         long group, float factor, uint8_t *codes, float *out) {
-    long width = packed_width(count, bits), stride = scales_width((count + group - 1) / group), row = PAD16(count);
+    Rows coded = coded_rows(packed, scales, count, bits, group);
+    long row = PAD16(count);
     for (long n = 0; n < rows; n++, out += row) {
-        unpack_row(packed + n * width, count, bits, codes);
-        decode_row(codes, scales + n * stride, count, bits, group, out);
+        decode_row(&coded, n, codes, out);
         if (mean)
             for (long i = 0; i < count; i++) out[i] += bf16_to_float(mean[i]);
         if (factor != 1)
@@ -408,8 +522,7 @@ static void NAME(step_codes)(const T *x, long n, const float *thresholds, const 
             index16 below = {0};
             for (int step = 16; step; step /= 2)
                 below += (v > __builtin_shuffle(edges[0], edges[1], below + (step - 1))) & step;
-            bytes16 found = __builtin_convertvector(__builtin_shuffle(table[0], table[1], below), bytes16);
-            memcpy(codes + i, &found, 16);
+            to_bytes16(__builtin_shuffle(table[0], table[1], below), codes + i);
         }
     }
 #endif
@@ -453,7 +566,7 @@ static void NAME(scale_block)(const T *grad, const uint8_t *codes, long n, const
 EXPORT void NAME(scale_by_levels)(const T *grad, const uint8_t *packed, long count, const float *levels, int bits, T *out,
                                   uint8_t *scratch, int threads) {
     if (bits == 3) {
-        unpack_row(packed, count, bits, scratch);
+        unpack_run(packed, count, bits, 0, count, scratch);
 #pragma omp parallel for num_threads(threads) schedule(static)
         for (long j = 0; j < count; j += BLOCK)
             NAME(scale_block)(grad + j, scratch + j, MIN(BLOCK, count - j), levels, out + j);
@@ -484,36 +597,39 @@ EXPORT void NAME(scale_by_levels)(const T *grad, const uint8_t *packed, long cou
     }
 }
 
-/* mode 0: the rows as they are; 1: centred and divided by their deviation; 2: divided by their root mean square. `columns`: means,
- * then deviations, that the columns are standardised by; may be null. */
+/* mode 0: the rows as they are; 1: centred and divided by their deviation; 2: divided by their root mean square; 3: square
+ * roots. Every `run` values are a column; `columns`: means, then inverse deviations, that they are standardised by, or null. */
 EXPORT void NAME(encode_rows)(const T *x, long rows, long count, int mode, float eps, int bits, long group,
-                              const int64_t *seed, const float *columns, uint8_t *packed, uint8_t *scales,
+                              const int64_t *seed, const float *columns, long run, uint8_t *packed, uint8_t *scales,
                               float *rstd, int threads) {
-    long width = packed_width(count, bits), stride = scales_width((count + group - 1) / group);
+    Rows coded = coded_rows(packed, scales, count, bits, group);
 #pragma omp parallel num_threads(threads)
     {
-        float *values = malloc(count * (sizeof(float) + 1) + 1);
-        uint8_t *codes = (uint8_t *)(values + count);
+        float *values = malloc((count + 16) * (sizeof(float) + 1));
+        uint8_t *codes = (uint8_t *)(values + count + 16);
 #pragma omp for schedule(static)
         for (long r = 0; r < rows; r++) {
             const T *row = x + r * count;
-            float sum = 0, squares = 0;
+            float sum = 0, squares = 0, scale = 1;
             for (long i = 0; i < count; i++) values[i] = LOAD(row[i]);
-            if (mode) {
-                if (mode == 1) {
+            if (mode == 3)
+                for (long i = 0; i < count; i++) values[i] = sqrtf(values[i]);
+            else if (mode) {
+                if (mode == 1)
                     for (long i = 0; i < count; i++) sum += values[i];
-                    float mean = sum / count;
-                    for (long i = 0; i < count; i++) values[i] -= mean;
-                }
-                for (long i = 0; i < count; i++) squares += values[i] * values[i];
-                float scale = 1 / sqrtf(squares / count + eps);
-                for (long i = 0; i < count; i++) values[i] *= scale;
-                rstd[r] = scale;
+                float mean = sum / count;
+                for (long i = 0; i < count; i++) values[i] -= mean, squares += values[i] * values[i];
+                rstd[r] = scale = 1 / sqrtf(squares / count + eps);
             }
-            if (columns)
-                for (long i = 0; i < count; i++) values[i] = (values[i] - columns[i]) / columns[count + i];
-            encode_row(values, count, bits, group, seed, (uint32_t)(r * count), scales + r * stride, codes);
-            pack_row(codes, count, bits, packed + r * width);
+            if (columns && run == 1)
+                for (long i = 0; i < count; i++) values[i] = (values[i] * scale - columns[i]) * columns[count + i];
+            else if (columns)
+                for (long c = 0; c < count / run; c++)
+                    for (long i = c * run; i < (c + 1) * run; i++)
+                        values[i] = (values[i] - columns[c]) * columns[count / run + c];
+            else if (scale != 1)
+                for (long i = 0; i < count; i++) values[i] *= scale;
+            encode_row(&coded, r, values, seed, codes);
         }
         free(values);
     }
@@ -521,16 +637,17 @@ EXPORT void NAME(encode_rows)(const T *x, long rows, long count, int mode, float
 
 EXPORT void NAME(decode_rows)(const uint8_t *packed, const uint8_t *scales, long rows, long count, int bits, long group,
                               T *out, int threads) {
-    long width = packed_width(count, bits), stride = scales_width((count + group - 1) / group);
+    Rows coded = coded_rows(packed, scales, count, bits, group);
+    long chunks = chunks_of(&coded);
 #pragma omp parallel num_threads(threads)
     {
-        float *values = malloc(count * (sizeof(float) + 1) + 1);
-        uint8_t *codes = (uint8_t *)(values + count);
+        float *values = malloc(PAD16(coded.span) * (sizeof(float) + 1));
+        uint8_t *codes = (uint8_t *)(values + PAD16(coded.span));
 #pragma omp for schedule(static)
-        for (long r = 0; r < rows; r++) {
-            unpack_row(packed + r * width, count, bits, codes);
-            decode_row(codes, scales + r * stride, count, bits, group, values);
-            for (long i = 0; i < count; i++) out[r * count + i] = STORE(values[i]);
+        for (long part = 0; part < rows * chunks; part++) {
+            long n = decode_part(&coded, part / chunks, part % chunks, codes, values);
+            T *to = out + part / chunks * count + part % chunks * coded.span;
+            for (long i = 0; i < n; i++) to[i] = STORE(values[i]);
         }
         free(values);
     }
@@ -540,18 +657,17 @@ EXPORT void NAME(decode_rows)(const uint8_t *packed, const uint8_t *scales, long
 EXPORT void NAME(norm_backward)(const T *grad, const uint8_t *packed, const uint8_t *scales, const float *rstd,
                                 const float *columns, const float *weight, long rows, long count, int center, int bits,
                                 long group, T *d_x, float *d_weight, float *d_bias, float *sums, int threads) {
-    long width = packed_width(count, bits), stride = scales_width((count + group - 1) / group);
+    Rows coded = coded_rows(packed, scales, count, bits, group);
     long share = (rows + threads - 1) / threads;
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int thread = 0; thread < threads; thread++) {
-        float *values = malloc(count * (2 * sizeof(float) + 1) + 1), *g = values + count;
-        uint8_t *codes = (uint8_t *)(g + count);
+        float *values = malloc(PAD16(count) * (2 * sizeof(float) + 1)), *g = values + PAD16(count);
+        uint8_t *codes = (uint8_t *)(g + PAD16(count));
         float *weight_sum = sums + 2 * thread * count, *bias_sum = weight_sum + count;
         for (long r = thread * share; r < MIN(rows, (thread + 1) * share); r++) {
             const T *dy = grad + r * count;
             if (d_x || d_weight) {
-                unpack_row(packed + r * width, count, bits, codes);
-                decode_row(codes, scales + r * stride, count, bits, group, values);
+                decode_row(&coded, r, codes, values);
                 if (columns)
                     for (long i = 0; i < count; i++) values[i] = values[i] * columns[count + i] + columns[i];
             }
@@ -583,11 +699,11 @@ EXPORT void NAME(norm_backward)(const T *grad, const uint8_t *packed, const uint
 EXPORT void NAME(encode_heads)(const T *x, long samples, long heads, long tokens, long count, long stride_b, long stride_h,
                                long stride_n, int center, int bits, long group, const int64_t *seed, uint8_t *packed,
                                uint8_t *scales, uint16_t *mean, int threads) {
-    long width = packed_width(count, bits), stride = scales_width((count + group - 1) / group);
+    Rows coded = coded_rows(packed, scales, count, bits, group);
 #pragma omp parallel num_threads(threads)
     {
-        float *values = malloc(count * (2 * sizeof(float) + 1) + 1), *average = values + count;
-        uint8_t *codes = (uint8_t *)(average + count);
+        float *values = malloc((count + 16) * (2 * sizeof(float) + 1)), *average = values + count + 16;
+        uint8_t *codes = (uint8_t *)(average + count + 16);
 #pragma omp for schedule(static)
         for (long head = 0; head < samples * heads; head++) {
             const T *start = x + head / heads * stride_b + head % heads * stride_h;
@@ -602,10 +718,8 @@ EXPORT void NAME(encode_heads)(const T *x, long samples, long heads, long tokens
                 }
             }
             for (long n = 0; n < tokens; n++) {
-                long row = head * tokens + n;
                 for (long i = 0; i < count; i++) values[i] = LOAD(start[n * stride_n + i]) - average[i];
-                encode_row(values, count, bits, group, seed, (uint32_t)(row * count), scales + row * stride, codes);
-                pack_row(codes, count, bits, packed + row * width);
+                encode_row(&coded, head * tokens + n, values, seed, codes);
             }
         }
         free(values);
@@ -764,7 +878,7 @@ EXPORT void NAME(prompt_attention_backward)(const T *grad, const Coded *query, c
         thread = omp_get_thread_num();
 #endif
         long size = (dim + value_dim) * s + prompts * e + PROMPT_ROWS * (2 * e + ev + 2 * s);
-        float *kt = malloc(size * sizeof(float) + dim), *vt = kt + dim * s, *k = vt + value_dim * s, *q = k + prompts * e;
+        float *kt = malloc(size * sizeof(float) + e), *vt = kt + dim * s, *k = vt + value_dim * s, *q = k + prompts * e;
         float *dq = q + PROMPT_ROWS * e, *dout = dq + PROMPT_ROWS * e, *p = dout + PROMPT_ROWS * ev, *ds = p + PROMPT_ROWS * s;
         uint8_t *codes = (uint8_t *)(ds + PROMPT_ROWS * s);
         memset(kt, 0, size * sizeof(float));
