@@ -433,18 +433,19 @@ class _Softmax(torch.autograd.Function):
     def forward(ctx, x, dim, quantizer):
         p = F.softmax(x, dim)
         rows = p.movedim(dim, -1)
-        ctx.dim, ctx.count, ctx.dtype, ctx.quantizer = dim, rows.shape[-1], x.dtype, quantizer
+        ctx.dim, ctx.dtype, ctx.quantizer = dim, x.dtype, quantizer
         # square roots: most probabilities are small, and an even grid would code them all as zero
-        ctx.save_for_backward(*_encode_rows(rows.reshape(-1, ctx.count).sqrt(), quantizer))
+        rows = rows.reshape(-1, rows.shape[-1])
+        seed = quantizer.draw_seed()
+        ctx.save_for_backward(*ops.encode_roots(rows, quantizer.bits, quantizer.group_size, seed, quantizer.backend))
         return p
 
     @staticmethod
     def backward(ctx, grad):
         _refuse_double_backward()
         rows = grad.movedim(ctx.dim, -1)
-        p = _decode_rows(*ctx.saved_tensors, ctx.quantizer, ctx.count, grad.dtype).square_()
-        p /= p.sum(-1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)  # so that the gradient sums to zero
-        d_x = torch._softmax_backward_data(rows.reshape(p.shape), p, -1, p.dtype)
+        settings = ctx.quantizer.bits, ctx.quantizer.group_size, ctx.quantizer.backend
+        d_x = ops.softmax_backward(rows.reshape(-1, rows.shape[-1]), *ctx.saved_tensors, *settings)
         return d_x.view(rows.shape).movedim(-1, ctx.dim).to(ctx.dtype), None, None
 
 
@@ -480,13 +481,12 @@ class _GatedActivation(torch.autograd.Function):
     def backward(ctx, grad):
         _refuse_double_backward()
         rows = grad.reshape(-1, grad.shape[-1])
-        saved = ctx.saved_tensors
-        gate, up = (_decode_rows(*saved[i : i + 2], ctx.quantizer, rows.shape[1], grad.dtype) for i in (0, 2))
-        with torch.enable_grad():
-            activated = activation_function(ctx.name).forward(gate.requires_grad_(), **ctx.params)
-        d_up = (rows * activated.detach()).view(grad.shape).to(ctx.dtypes[1])
-        (d_gate,) = torch.autograd.grad(activated, gate, up.mul_(rows))
-        return d_gate.view(grad.shape).to(ctx.dtypes[0]), d_up, None, None, None
+        saved, quantizer = ctx.saved_tensors, ctx.quantizer
+        function = ctx.name, list(ctx.params), [float(value) for value in ctx.params.values()]
+        settings = quantizer.bits, quantizer.group_size, quantizer.backend
+        grads = ops.gated_backward(rows, saved[:2], saved[2:], *function, *settings)
+        d_gate, d_up = (d.view(grad.shape).to(dtype) for d, dtype in zip(grads, ctx.dtypes))
+        return d_gate, d_up, None, None, None
 
 
 def gated_activation(gate: Tensor, up: Tensor, name: str, *, quantizer: Quantizer, **params: float) -> Tensor:
@@ -564,18 +564,19 @@ def group_norm(
 class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, running_mean, running_var, live, momentum, eps, quantizer):
-        others = _not_channels(x)
-        if live:
-            var, mean = torch.var_mean(x.to(math_dtype(x.dtype)), others, correction=0)
-        else:
-            mean, var = running_mean, running_var
-        rstd = (var.to(math_dtype(x.dtype)) + eps).rsqrt()
-        y = F.batch_norm(x, running_mean, running_var, weight, bias, live, momentum, eps)
+        # what F.batch_norm calls; it gives the statistics besides
+        y, mean, rstd, *_ = torch._batch_norm_impl_index(
+            x, weight, bias, running_mean, running_var, live, momentum, eps, torch.backends.cudnn.enabled
+        )
+        if not live:
+            mean, rstd = running_mean, (running_var.to(math_dtype(x.dtype)) + eps).rsqrt()
         codes = (None, None)
         # with frozen statistics dx = dy * weight * rstd needs nothing of x
         if ctx.needs_input_grad[1] or (live and ctx.needs_input_grad[0]):
-            x_hat = (x - _per_channel(mean, x)).mul_(_per_channel(rstd, x))
-            codes = _encode_rows(x_hat.flatten(1), quantizer)
+            codes = ops.encode_channels(
+                x.flatten(2) if x.dim() > 2 else x.unsqueeze(2), mean, rstd, quantizer.bits, quantizer.group_size,
+                quantizer.draw_seed(), quantizer.backend,
+            )  # fmt: skip
         ctx.save_for_backward(*codes, rstd, weight)
         ctx.live, ctx.quantizer, ctx.dtype = live, quantizer, x.dtype
         ctx.parameter_dtypes = [None if p is None else p.dtype for p in (weight, bias)]
@@ -585,25 +586,21 @@ class _BatchNorm(torch.autograd.Function):
     def backward(ctx, grad):
         _refuse_double_backward()
         packed, scales, rstd, weight = ctx.saved_tensors
-        others = _not_channels(grad)
-        x_hat = d_x = d_weight = d_bias = None
-        if packed is not None:
-            count = grad.numel() // grad.shape[0]
-            x_hat = _decode_rows(packed, scales, ctx.quantizer, count, grad.dtype).view(grad.shape)
-            along = (x_hat * grad).sum(others)
-        if ctx.needs_input_grad[0]:
+        wanted = ctx.needs_input_grad[:3]
+        if packed is None:
             scale = rstd if weight is None else rstd * weight
-            d_x = grad
-            if ctx.live:
-                count = grad.numel() // grad.shape[1]
-                d_x = grad - _per_channel(grad.sum(others) / count, grad)
-                d_x -= x_hat.mul_(_per_channel(along / count, grad))
-            d_x = (d_x * _per_channel(scale, grad)).to(ctx.dtype)
-        if ctx.needs_input_grad[1]:
-            d_weight = along.to(ctx.parameter_dtypes[0])
-        if ctx.needs_input_grad[2]:
-            d_bias = grad.sum(others).to(ctx.parameter_dtypes[1])
-        return d_x, d_weight, d_bias, None, None, None, None, None, None
+            d_x = grad * _per_channel(scale, grad) if wanted[0] else None
+            d_weight, d_bias = None, grad.sum(_not_channels(grad)) if wanted[2] else None
+        else:
+            rows = grad.flatten(2) if grad.dim() > 2 else grad.unsqueeze(2)
+            settings = ctx.live, ctx.quantizer.bits, ctx.quantizer.group_size, list(wanted), ctx.quantizer.backend
+            d_x, d_weight, d_bias = ops.batch_norm_backward(rows, packed, scales, rstd, weight, *settings)
+        d_x = d_x.view(grad.shape).to(ctx.dtype) if wanted[0] else None
+        d_parameters = (
+            d.to(dtype) if want else None
+            for d, dtype, want in zip((d_weight, d_bias), ctx.parameter_dtypes, wanted[1:])
+        )
+        return d_x, *d_parameters, None, None, None, None, None, None
 
 
 def batch_norm(
@@ -623,39 +620,27 @@ def batch_norm(
     With live statistics (``training``, or no running ones) keeps b-bit normalised values; with frozen statistics one number a
     channel, and the codes only if ``weight`` is trained.
     """
-    if not _recording(x, weight, bias) or x.numel() == 0:
-        return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     live = training or running_mean is None
+    refused = live and x.numel() == x.shape[1]  # one value a channel
+    if not _recording(x, weight, bias) or x.numel() == 0 or refused:
+        return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     return _BatchNorm.apply(x, weight, bias, running_mean, running_var, live, momentum, eps, quantizer)
 
 
 class _MaxPool2d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, kernel, stride, padding, dilation, ceil_mode, backend):
-        y, index = F.max_pool2d_with_indices(x, kernel, stride, padding, dilation, ceil_mode)
-        offset = 0
-        for d, position in zip((0, 1), (index // x.shape[-1], index % x.shape[-1])):
-            start = torch.arange(y.shape[d - 2], device=x.device) * stride[d] - padding[d]
-            position -= start.view(-1, *[1] * (1 - d))
-            offset = offset * kernel[d] + position.div_(dilation[d], rounding_mode="floor")
-        ctx.bits = next(bits for bits in WIDTHS if 2**bits >= kernel[0] * kernel[1])
-        ctx.save_for_backward(pack(offset.to(torch.uint8).view(1, -1), ctx.bits))
-        ctx.geometry, ctx.shape = (kernel, stride, padding, dilation), x.shape
+    def forward(ctx, x, kernel_size, stride, padding, dilation, ceil_mode, backend):
+        ctx.bits = next(bits for bits in WIDTHS if 2**bits >= kernel_size[0] * kernel_size[1])
+        ctx.geometry, ctx.size, ctx.backend = (kernel_size, stride, padding, dilation), x.shape[-2:], backend
+        y, packed = ops.max_pool2d(x, *ctx.geometry, ceil_mode, ctx.bits, backend)
+        ctx.save_for_backward(packed)
         return y
 
     @staticmethod
     def backward(ctx, grad):
         _refuse_double_backward()
-        (packed,) = ctx.saved_tensors
-        kernel, stride, padding, dilation = ctx.geometry
-        offset = unpack(packed, ctx.bits, grad.numel()).view(grad.shape)
-        index = 0
-        for d, part in zip((0, 1), (offset // kernel[1], offset % kernel[1])):
-            start = torch.arange(grad.shape[d - 2], device=grad.device) * stride[d] - padding[d]
-            index = index * ctx.shape[-1] + part.to(torch.int64).mul_(dilation[d]).add_(start.view(-1, *[1] * (1 - d)))
-        d_x = grad.new_zeros(*ctx.shape[:-2], ctx.shape[-2] * ctx.shape[-1])
-        d_x.scatter_add_(-1, index.flatten(-2), grad.flatten(-2))
-        return d_x.view(ctx.shape), None, None, None, None, None, None
+        d_x = ops.max_pool2d_backward(grad, *ctx.saved_tensors, *ctx.geometry, *ctx.size, ctx.bits, ctx.backend)
+        return d_x, None, None, None, None, None, None
 
 
 def _pair(value: int | Sequence[int]) -> tuple[int, int]:

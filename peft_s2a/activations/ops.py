@@ -6,6 +6,7 @@ drawn for stochastic rounding, or None for rounding to nearest.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends
@@ -61,6 +62,18 @@ def encode_groups(x, bits, group_size, seed, backend):
     return _groups_like(x, bits, group_size)
 
 
+@_op("(Tensor p, int bits, int group_size, Tensor? seed, str backend) -> (Tensor, Tensor)")
+def encode_roots(p, bits, group_size, seed, backend):
+    """Code the square roots of ``p`` (``[R, C]``, not negative) as `encode_groups` does."""
+    return _groups_like(p, bits, group_size)
+
+
+@_op("(Tensor x, Tensor mean, Tensor rstd, int bits, int group_size, Tensor? seed, str backend) -> (Tensor, Tensor)")
+def encode_channels(x, mean, rstd, bits, group_size, seed, backend):
+    """Code ``(x - mean) * rstd`` (``x`` ``[B, C, M]``, the others ``[C]``) as `encode_groups` does, a row a sample."""
+    return _groups_like(x.flatten(1), bits, group_size)
+
+
 @_op("(Tensor packed, Tensor scales, int bits, int group_size, SymInt count, ScalarType dtype, str backend) -> Tensor")
 def decode_groups(packed, scales, bits, group_size, count, dtype, backend):
     """The values (``[R, count]``, ``dtype``) behind `encode_groups`' codes."""
@@ -94,6 +107,57 @@ def norm_backward(grad, packed, scales, rstd, columns, weight, center, bits, gro
         grad.new_empty(columns if wanted[1] else 0, dtype=dtype),
         grad.new_empty(columns if wanted[2] else 0, dtype=dtype),
     )
+
+
+@_op(
+    "(Tensor grad, Tensor packed, Tensor scales, Tensor rstd, Tensor? weight, bool live, int bits, int group_size, bool[] wanted,"
+    " str backend) -> (Tensor, Tensor, Tensor)"
+)
+def batch_norm_backward(grad, packed, scales, rstd, weight, live, bits, group_size, wanted, backend):
+    """Gradients of a batch normalisation from `encode_channels`' codes and ``grad`` (``[B, C, M]``) for the input (dtype of ``grad``),
+    the weight and the bias (``[C]``, float32 or float64); those not ``wanted`` are empty. ``live``: the statistics are the batch's."""
+    dtype = math_dtype(grad.dtype)
+    return (
+        torch.empty_like(grad, memory_format=torch.contiguous_format) if wanted[0] else grad.new_empty(0),
+        grad.new_empty(grad.shape[1] if wanted[1] else 0, dtype=dtype),
+        grad.new_empty(grad.shape[1] if wanted[2] else 0, dtype=dtype),
+    )
+
+
+@_op("(Tensor grad, Tensor packed, Tensor scales, int bits, int group_size, str backend) -> Tensor")
+def softmax_backward(grad, packed, scales, bits, group_size, backend):
+    """Gradient of softmax over rows from `encode_roots`' codes of its results, scaled to sum to one, and ``grad`` (``[R, C]``)."""
+    return torch.empty_like(grad, memory_format=torch.contiguous_format)
+
+
+@_op(
+    "(Tensor grad, Tensor[] gate, Tensor[] up, str name, str[] keys, float[] values, int bits, int group_size, str backend)"
+    " -> (Tensor, Tensor)"
+)
+def gated_backward(grad, gate, up, name, keys, values, bits, group_size, backend):
+    """Gradients of ``f(gate) * up`` (dtype of ``grad``, ``[R, C]``) from `encode_groups`' results for both; ``f`` is activation
+    function ``name`` with the parameters ``keys`` and their ``values``."""
+    return tuple(torch.empty_like(grad, memory_format=torch.contiguous_format) for _ in range(2))
+
+
+@_op(
+    "(Tensor x, int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool ceil_mode, int bits, str backend)"
+    " -> (Tensor, Tensor)"
+)
+def max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode, bits, backend):
+    """`torch.nn.functional.max_pool2d` (``[..., H, W]``) and the place of each maximum in its window, row by row, as codes: uint8
+    ``[W]``, one row."""
+    y = F.max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode)
+    return y, x.new_empty(packed_width(y.numel(), bits), dtype=torch.uint8)
+
+
+@_op(
+    "(Tensor grad, Tensor packed, int[] kernel_size, int[] stride, int[] padding, int[] dilation, SymInt height, SymInt width,"
+    " int bits, str backend) -> Tensor"
+)
+def max_pool2d_backward(grad, packed, kernel_size, stride, padding, dilation, height, width, bits, backend):
+    """Gradient of `max_pool2d` for inputs of ``height`` and ``width``, from its codes."""
+    return grad.new_empty(*grad.shape[:-2], height, width)
 
 
 @_op(

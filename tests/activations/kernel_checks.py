@@ -36,6 +36,24 @@ NORMS = {
     "weighted": st.booleans(),
     "wanted": st.tuples(*[st.booleans()] * 3),
 }
+CHANNELS = {
+    **ROWS,
+    "channels": st.integers(1, 5),
+    "weighted": st.booleans(),
+    "live": st.booleans(),
+    "wanted": st.tuples(*[st.booleans()] * 3),
+}
+GATES = {**ROWS, "name": st.sampled_from(("gelu", "gelu_tanh", "quick_gelu", "silu", "mish", "relu", "hardswish"))}
+POOLS = {
+    "dtype": st.sampled_from(DTYPES),
+    "bits": st.sampled_from((4, 8)),
+    "seed": st.integers(0, 2**31),
+    "sizes": st.tuples(st.integers(0, 3), st.integers(1, 3), st.integers(1, 20), st.integers(1, 40)),
+    "kernel_size": st.tuples(st.integers(1, 3), st.integers(1, 5)),
+    **{name: st.tuples(st.integers(1, 3), st.integers(1, 3)) for name in ("stride", "dilation")},
+    "padded": st.booleans(),
+    "ceil_mode": st.booleans(),
+}
 HEADS = {**ROWS, "center": st.booleans(), "keep_mean": st.booleans()}
 
 
@@ -96,7 +114,7 @@ def check_norms(
 ) -> None:
     x, grad = (random((rows, count), dtype, seed + i, device=device) for i in range(2))
     weight = random(count, dtype, seed + 2, device=device) if weighted else None
-    by_column = by_column and rows > 0
+    by_column = by_column and rows > 1  # one row and its column means cancel
     ours, theirs = (
         each.encode_norm(x, 1e-5, center, by_column, bits, group, rounding) for each in (backend, reference)
     )
@@ -194,3 +212,57 @@ def check_prompts(backend: ModuleType, device, dtype, bits, group, sizes, seed=0
     slack = 1e-6 if dtype == torch.float32 else 2 * ULP[dtype]
     for ours, theirs, truth in zip(*results):
         assert_as_close_to(truth, ours, theirs, slack)
+
+
+def check_channels(
+    backend: ModuleType, device, dtype, bits, seed, rows, channels, count, group, rounding, weighted, live, wanted
+) -> None:
+    x, grad = (random((rows, channels, count), dtype, seed + i, device=device) for i in range(2))
+    mean, rstd = random(channels, torch.float32, seed + 2, device=device), torch.rand(channels, device=device) + 0.5
+    weight = random(channels, dtype, seed + 3, device=device) if weighted else None
+    theirs = reference.encode_channels(x, mean, rstd, bits, group, rounding)
+    for our, their in zip(backend.encode_channels(x, mean, rstd, bits, group, rounding), theirs):
+        assert_same_codes(our, their)
+    arguments = *theirs, rstd, weight, live, bits, group, list(wanted)
+    ours, theirs = (each.batch_norm_backward(grad, *arguments) for each in (backend, reference))
+    for our, their, want in zip(ours, theirs, wanted):
+        assert our.shape == their.shape
+        if want:
+            assert_close(our, their, ulps=32 if their.dtype == torch.float32 else 2)
+
+
+def check_softmax(backend: ModuleType, device, dtype, bits, seed, rows, count, group, rounding) -> None:
+    p = random((rows, count), dtype, seed, device=device).softmax(1)
+    theirs = reference.encode_roots(p, bits, group, rounding)
+    if (
+        dtype == torch.float32
+    ):  # a root is rounded to a narrower dtype or not, and lies on another side of a boundary then
+        for our, their in zip(backend.encode_roots(p, bits, group, rounding), theirs):
+            assert_same_codes(our, their)
+    grad = random((rows, count), dtype, seed + 1, device=device)
+    assert_close(*(each.softmax_backward(grad, *theirs, bits, group) for each in (backend, reference)), ulps=16)
+
+
+def check_gates(backend: ModuleType, device, dtype, bits, seed, rows, count, group, rounding, name) -> None:
+    grad, *factors = (random((rows, count), dtype, seed + i, device=device) for i in range(3))
+    coded = [list(reference.encode_groups(x, bits, group, rounding)) for x in factors]
+    arguments = *coded, name, [], [], bits, group
+    for ours, theirs in zip(*(each.gated_backward(grad, *arguments) for each in (backend, reference))):
+        assert_close(ours, theirs, ulps=16 if dtype == torch.float32 else 2)
+
+
+def check_max_pooling(
+    backend: ModuleType, device, dtype, sizes, kernel_size, stride, dilation, padded, ceil_mode, bits, seed
+) -> None:
+    """With ties, infinities and what is not a number among the values."""
+    x = random(sizes, dtype, seed, device=device).round().to(dtype)
+    x[x >= 5], x[x <= -4] = torch.nan, -torch.inf
+    padding = [size // 2 if padded else 0 for size in kernel_size]
+    geometry = kernel_size, stride, padding, dilation
+    if any(size + 2 * p < d * (k - 1) + 1 for size, p, d, k in zip(sizes[-2:], padding, dilation, kernel_size)):
+        return  # no window fits
+    ours, theirs = (each.max_pool2d(x, *geometry, ceil_mode, bits) for each in (backend, reference))
+    assert torch.equal(ours[0].nan_to_num(99), theirs[0].nan_to_num(99)) and torch.equal(ours[1], theirs[1])
+    grad = random(theirs[0].shape, dtype, seed + 1, device=device)
+    arguments = grad, theirs[1], *geometry, *sizes[-2:], bits
+    assert_close(*(each.max_pool2d_backward(*arguments) for each in (backend, reference)))

@@ -44,10 +44,31 @@ class TestRows:
     def test_sums_over_many_rows(self):
         kernel_checks.check_sums_over_many_rows(compiled, "cpu")
 
+    @settings(max_examples=60, deadline=None)
+    @given(**kernel_checks.CHANNELS)
+    def test_channels(self, **case):
+        kernel_checks.check_channels(compiled, "cpu", **case)
+
+    @settings(max_examples=60, deadline=None)
+    @given(**kernel_checks.ROWS)
+    def test_softmax(self, **case):
+        kernel_checks.check_softmax(compiled, "cpu", **case)
+
+    @settings(max_examples=60, deadline=None)
+    @given(**kernel_checks.GATES)
+    def test_gates(self, **case):
+        kernel_checks.check_gates(compiled, "cpu", **case)
+
     @settings(max_examples=50, deadline=None)
     @given(**kernel_checks.HEADS, whole_rows=st.booleans())
     def test_heads_of_any_strides(self, **case):
         kernel_checks.check_heads(compiled, "cpu", **case)
+
+
+@settings(max_examples=200, deadline=None)
+@given(**kernel_checks.POOLS)
+def test_max_pooling(**case):
+    kernel_checks.check_max_pooling(compiled, "cpu", **case)
 
 
 class TestAttention:

@@ -15,12 +15,22 @@ def _calls():
     normed = ops.encode_norm(x, 1e-5, True, True, 4, 24, None, "reference")
     coded = list(ops.encode_heads(heads, 4, 8, True, True, None, "reference"))
     mask = torch.randn(1, 3, 7, 7)
+    maps, channels = torch.randn(2, 3, 12), (torch.randn(3), torch.rand(3))
+    mapped = ops.encode_channels(maps, *channels, 4, 8, None, "reference")
+    pooled = ops.max_pool2d(maps, [2, 2], [2, 1], [1, 0], [1, 1], True, 2, "reference")
     return {
         "encode_steps": (x.view(-1), [-0.5, 0.5], [0, 1, 2], 2),
         "encode_levels": (x.view(-1), [0.0, 0.2, 0.5, 1.0], 2, seed),
         "scale_by_levels": (grad.view(-1), torch.randint(0, 255, (30,), dtype=torch.uint8), [0.0, 0.2, 0.5, 1.0], 2),
         "encode_groups": (x, 3, 8, seed),
         "decode_groups": (*groups, 3, 8, 24, torch.float32),
+        "encode_roots": (x.abs(), 3, 8, seed),
+        "encode_channels": (maps, *channels, 4, 8, None),
+        "batch_norm_backward": (maps, *mapped, channels[1], channels[0], True, 4, 8, [True, False, True]),
+        "softmax_backward": (grad, *groups, 3, 8),
+        "gated_backward": (grad, list(groups), list(groups), "leaky_relu", ["negative_slope"], [0.2], 3, 8),
+        "max_pool2d": (maps, [2, 2], [2, 1], [1, 0], [1, 1], True, 2),
+        "max_pool2d_backward": (pooled[0], pooled[1], [2, 2], [2, 1], [1, 0], [1, 1], 3, 12, 2),
         "encode_norm": (x, 1e-5, True, True, 4, 24, None),
         "norm_backward": (grad, *normed, torch.randn(24), True, 4, 24, [True, True, False]),
         "encode_heads": (heads, 4, 8, True, True, None),

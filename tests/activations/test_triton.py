@@ -77,6 +77,21 @@ class TestRows:
     def test_heads_of_any_strides(self, **case):
         kernel_checks.check_heads(triton, DEVICE, **case, whole_rows=False)
 
+    @settings(max_examples=10, deadline=None)
+    @given(**kernel_checks.CHANNELS)
+    def test_channels(self, **case):
+        kernel_checks.check_channels(triton, DEVICE, **case)
+
+    @settings(max_examples=10, deadline=None)
+    @given(**kernel_checks.ROWS)
+    def test_softmax(self, **case):
+        kernel_checks.check_softmax(triton, DEVICE, **case)
+
+    @settings(max_examples=10, deadline=None)
+    @given(**kernel_checks.GATES)
+    def test_gates(self, **case):
+        kernel_checks.check_gates(triton, DEVICE, **case)
+
     @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
     def test_what_is_not_finite_stays_visible(self):
         x = torch.randn(3, 64, device=DEVICE)

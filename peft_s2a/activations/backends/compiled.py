@@ -9,6 +9,7 @@ import functools
 import hashlib
 import itertools
 import logging
+import math
 import os
 import platform
 import shutil
@@ -19,6 +20,7 @@ import warnings
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import codec
@@ -168,11 +170,28 @@ def encode_groups(x: Tensor, bits: int, group_size: int, seed: int | None) -> tu
     return reference.encode_groups(x, bits, group_size, seed) if coded is None else coded[:2]
 
 
+def encode_roots(p: Tensor, bits: int, group_size: int, seed: int | None) -> tuple[Tensor, Tensor]:
+    coded = _encode_rows(p, 3, 0.0, bits, group_size, seed, None)
+    return reference.encode_roots(p, bits, group_size, seed) if coded is None else coded[:2]
+
+
+def encode_channels(
+    x: Tensor, mean: Tensor, rstd: Tensor, bits: int, group_size: int, seed: int | None
+) -> tuple[Tensor, Tensor]:
+    columns = torch.stack([mean, rstd]).to(torch.float32)
+    coded = _encode_rows(x.flatten(1), 0, 0.0, bits, group_size, seed, columns, x.shape[2])
+    return reference.encode_channels(x, mean, rstd, bits, group_size, seed) if coded is None else coded[:2]
+
+
 def encode_norm(
     x: Tensor, eps: float, center: bool, by_column: bool, bits: int, group_size: int, seed: int | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    columns = _column_statistics(x, eps, center) if by_column else None
-    coded = _encode_rows(x, 1 if center else 2, eps, bits, group_size, seed, columns)
+    columns = standards = None
+    if by_column:
+        columns = _column_statistics(x, eps, center)
+        mean, deviation = columns.to(torch.float32)
+        standards = torch.stack([mean, 1 / deviation])
+    coded = _encode_rows(x, 1 if center else 2, eps, bits, group_size, seed, standards)
     if coded is None:
         return reference.encode_norm(x, eps, center, by_column, bits, group_size, seed)
     return *coded, x.new_empty(0, dtype=torch.bfloat16) if columns is None else columns
@@ -191,8 +210,17 @@ def _column_statistics(x: Tensor, eps: float, center: bool) -> Tensor:
 
 
 def _encode_rows(
-    x: Tensor, mode: int, eps: float, bits: int, group_size: int, seed: int | None, columns: Tensor | None
+    x: Tensor,
+    mode: int,
+    eps: float,
+    bits: int,
+    group_size: int,
+    seed: int | None,
+    columns: Tensor | None,
+    run: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Codes, scales and, of norms, ``rstd``; None where the reference has to do. ``columns``: means and inverse deviations (float32
+    ``[2, C / run]``) that every ``run`` values of a row are standardised by."""
     kernel = _kernel("encode_rows", x.dtype)
     if kernel is None:
         return None
@@ -201,13 +229,10 @@ def _encode_rows(
     packed = x.new_empty(rows, codec.packed_width(count, bits), dtype=torch.uint8)
     scales = x.new_empty(rows, codec.scales_width(count, group_size), dtype=torch.uint8)
     rstd = x.new_empty(rows if mode else 0, dtype=torch.float32)
-    if columns is not None:
-        mean, deviation = columns.to(torch.float32)
-        columns = torch.stack([mean, 1 / deviation])
     if x.numel():
         kernel(
             _pointer(x), *_long(rows, count), mode, ctypes.c_float(eps), bits, *_long(group_size), _seed(seed),
-            _pointer(columns), *_long(1), _pointer(packed), _pointer(scales), _pointer(rstd), torch.get_num_threads(),
+            _pointer(columns), *_long(run), _pointer(packed), _pointer(scales), _pointer(rstd), torch.get_num_threads(),
         )  # fmt: skip
     return packed, scales, rstd
 
@@ -258,6 +283,146 @@ def norm_backward(
             threads,
         )  # fmt: skip
     return d_x, d_weight, d_bias
+
+
+def batch_norm_backward(
+    grad: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    live: bool,
+    bits: int,
+    group_size: int,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    if _kernel("channel_sums", grad.dtype) is None or not grad.numel():
+        return reference.batch_norm_backward(grad, packed, scales, rstd, weight, live, bits, group_size, wanted)
+    grad, packed, scales = (t.contiguous() for t in (grad, packed, scales))
+    samples, channels, size = grad.shape
+    layout = (*_long(samples, channels, size), bits, *_long(group_size))
+    coded, threads = (_pointer(packed), _pointer(scales)), torch.get_num_threads()
+    sums = torch.zeros(threads, 2, channels, dtype=torch.float32)
+    _kernel("channel_sums", grad.dtype)(_pointer(grad), *coded, *layout, _pointer(sums), threads)
+    sums = sums.sum(0)
+    d_x = grad.new_empty(0)
+    if wanted[0]:
+        d_x = torch.empty_like(grad)
+        means = sums / (samples * size) if live else torch.zeros_like(sums)
+        scale = (rstd if weight is None else rstd * weight).to(torch.float32)
+        _kernel("channel_gradient", grad.dtype)(
+            _pointer(grad), *coded, _pointer(means), _pointer(scale), *layout, _pointer(d_x), threads
+        )
+    empty = sums.new_empty(0)
+    return d_x, sums[1].clone() if wanted[1] else empty, sums[0].clone() if wanted[2] else empty.clone()
+
+
+def softmax_backward(grad: Tensor, packed: Tensor, scales: Tensor, bits: int, group_size: int) -> Tensor:
+    kernel = _kernel("softmax_backward", grad.dtype)
+    if kernel is None:
+        return reference.softmax_backward(grad, packed, scales, bits, group_size)
+    grad, packed, scales = (t.contiguous() for t in (grad, packed, scales))
+    d_x = torch.empty_like(grad)
+    if grad.numel():
+        kernel(
+            _pointer(grad), _pointer(packed), _pointer(scales), *_long(*grad.shape), bits, *_long(group_size),
+            _pointer(d_x), torch.get_num_threads(),
+        )  # fmt: skip
+    return d_x
+
+
+# The gates x sigmoid(a x + b x^3), and GELU, as `gate16` in `kernels.c` takes them.
+_TANH_GELU = 2 * math.sqrt(2 / math.pi)
+_GATES = {
+    "gelu": (0.0, 0.0),
+    "silu": (1.0, 0.0),
+    "quick_gelu": (1.702, 0.0),
+    "gelu_tanh": (_TANH_GELU, 0.044715 * _TANH_GELU),
+}
+
+
+def gated_backward(
+    grad: Tensor,
+    gate: list[Tensor],
+    up: list[Tensor],
+    name: str,
+    keys: list[str],
+    values: list[float],
+    bits: int,
+    group_size: int,
+) -> tuple[Tensor, Tensor]:
+    kernel = _kernel("gated_backward", grad.dtype)
+    if kernel is None or name not in _GATES:
+        return reference.gated_backward(grad, gate, up, name, keys, values, bits, group_size, decode=decode_groups)
+    grad = grad.contiguous()
+    d_gate, d_up = torch.empty_like(grad), torch.empty_like(grad)
+    if grad.numel():
+        coded = [[part.contiguous() for part in parts] for parts in (gate, up)]
+        kernel(
+            _pointer(grad), *(ctypes.byref(_Coded(*map(_pointer, parts), None)) for parts in coded),
+            *map(ctypes.c_float, _GATES[name]), *_long(*grad.shape), bits, *_long(group_size), _pointer(d_gate),
+            _pointer(d_up), torch.get_num_threads(),
+        )  # fmt: skip
+    return d_gate, d_up
+
+
+_PAIR = ctypes.c_long * 2
+
+
+class _Pool(ctypes.Structure):
+    """Heights and widths of inputs and results, and of the window; see `kernels.c`."""
+
+    _fields_ = [(name, _PAIR) for name in ("inputs", "results", "kernel", "stride", "padding", "dilation")]
+
+
+def max_pool2d(
+    x: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    ceil_mode: bool,
+    bits: int,
+) -> tuple[Tensor, Tensor]:
+    kernel = _kernel("max_pool2d", x.dtype)
+    channels_last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    if kernel is None or channels_last:
+        return reference.max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode, bits)
+    x = x.contiguous()
+    y = x.new_empty(F.max_pool2d(x.to("meta"), kernel_size, stride, padding, dilation, ceil_mode).shape)
+    places = x.new_empty(y.numel(), dtype=torch.uint8)
+    pool = _Pool(*(_PAIR(*pair) for pair in (x.shape[-2:], y.shape[-2:], kernel_size, stride, padding, dilation)))
+    kernel(
+        _pointer(x), ctypes.byref(pool), *_long(math.prod(x.shape[:-2])), _pointer(y), _pointer(places),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    packed = x.new_empty(codec.packed_width(places.numel(), bits), dtype=torch.uint8)
+    library().pack_row(_pointer(places), *_long(places.numel()), bits, _pointer(packed))
+    return y, packed
+
+
+def max_pool2d_backward(
+    grad: Tensor,
+    packed: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    height: int,
+    width: int,
+    bits: int,
+) -> Tensor:
+    kernel = _kernel("max_pool2d_backward", grad.dtype)
+    if kernel is None:
+        return reference.max_pool2d_backward(grad, packed, kernel_size, stride, padding, dilation, height, width, bits)
+    grad, packed = grad.contiguous(), packed.contiguous()
+    d_x = grad.new_empty(*grad.shape[:-2], height, width)
+    pool = _Pool(*(_PAIR(*pair) for pair in (d_x.shape[-2:], grad.shape[-2:], kernel_size, stride, padding, dilation)))
+    kernel(
+        _pointer(grad), _pointer(packed), ctypes.byref(pool), *_long(math.prod(grad.shape[:-2])), bits, _pointer(d_x),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return d_x
 
 
 def encode_heads(

@@ -5,6 +5,7 @@
  */
 #ifndef T
 
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -54,7 +55,7 @@ static inline long packed_width(long count, int bits) {
     return (count + per_byte - 1) / per_byte;
 }
 
-static void pack_row(const uint8_t *codes, long count, int bits, uint8_t *out) {
+EXPORT void pack_row(const uint8_t *codes, long count, int bits, uint8_t *out) {
     if (bits == 8) {
         memcpy(out, codes, count);
         return;
@@ -387,6 +388,27 @@ INLINE vector16 exp16(vector16 x) {
     return (vector16)((index16)p & kept);
 }
 
+INLINE vector16 choose16(index16 mask, vector16 a, vector16 b) {
+    return (vector16)(((index16)a & mask) | ((index16)b & ~mask));
+}
+
+/* A gate f(x) and its derivative. With `inner` f(x) = x sigmoid(inner x + cubic x^3), which is SiLU and the approximations of GELU;
+ * without it GELU, with erf by formula 7.1.26 of Abramowitz and Stegun, to 1.5e-7. */
+INLINE void gate16(vector16 x, float inner, float cubic, vector16 *value, vector16 *slope) {
+    vector16 magnitude = larger16(x, -x), square = smaller16(x * x, (vector16){0} + 1e4f);
+    if (inner == 0) {
+        vector16 t = 1 / (1 + 0.3275911f * 0.70710678f * magnitude), density = exp16(-0.5f * square);
+        vector16 tail = t * 1.061405429f - 1.453152027f;
+        tail = (((tail * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) * t * density * 0.5f;
+        vector16 below = choose16(x > 0, 1 - tail, tail);
+        *value = x * below, *slope = below + x * density * 0.39894228f;
+    } else {
+        vector16 e = exp16(-magnitude * (inner + cubic * square)), s = 1 / (1 + e);
+        s = choose16(x > 0, s, e * s);
+        *value = x * s, *slope = s + *value * (1 - s) * (inner + 3 * cubic * square);
+    }
+}
+
 static inline float sum16(vector16 x) {
     float sum = 0;
     for (int k = 0; k < 16; k++) sum += x[k];
@@ -452,6 +474,11 @@ typedef struct {
     const uint8_t *packed, *scales;
     const uint16_t *mean; /* may be null */
 } Coded;
+
+/* Height and width each. */
+typedef struct {
+    long inputs[2], results[2], kernel[2], stride[2], padding[2], dilation[2];
+} Pool;
 
 /* How many query rows attention takes at a time: their scores shall stay in the cache. */
 static long rows_at_a_time(long length, long keys) {
@@ -693,6 +720,178 @@ EXPORT void NAME(norm_backward)(const T *grad, const uint8_t *packed, const uint
             if (d_weight) d_weight[i] += sums[2 * thread * count + i];
             if (d_bias) d_bias[i] += sums[(2 * thread + 1) * count + i];
         }
+}
+
+/* Sums over samples and positions of the gradient and of its product with the decoded values, of rows [channels, size]: added to
+ * sums, [threads, 2, channels]. */
+EXPORT void NAME(channel_sums)(const T *grad, const uint8_t *packed, const uint8_t *scales, long rows, long channels,
+                               long size, int bits, long group, float *sums, int threads) {
+    Rows coded = coded_rows(packed, scales, channels * size, bits, group);
+    long chunks = chunks_of(&coded), share = (rows * chunks + threads - 1) / threads;
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int thread = 0; thread < threads; thread++) {
+        float *values = malloc(PAD16(coded.span) * (sizeof(float) + 1)), *total = sums + 2 * thread * channels;
+        uint8_t *codes = (uint8_t *)(values + PAD16(coded.span));
+        for (long part = thread * share; part < MIN(rows * chunks, (thread + 1) * share); part++) {
+            long n = decode_part(&coded, part / chunks, part % chunks, codes, values), start = part % chunks * coded.span;
+            const T *dy = grad + part / chunks * coded.count + start;
+            for (long i = 0; i < n;) {
+                long channel = (start + i) / size, end = MIN(n, (channel + 1) * size - start);
+                float sum = 0, along = 0;
+                for (; i < end; i++) sum += LOAD(dy[i]), along += LOAD(dy[i]) * values[i];
+                total[channel] += sum, total[channels + channel] += along;
+            }
+        }
+        free(values);
+    }
+}
+
+/* (grad - means[0, c] - means[1, c] * decoded value) * scale[c], for rows [channels, size] */
+EXPORT void NAME(channel_gradient)(const T *grad, const uint8_t *packed, const uint8_t *scales, const float *means,
+                                   const float *scale, long rows, long channels, long size, int bits, long group, T *d_x,
+                                   int threads) {
+    Rows coded = coded_rows(packed, scales, channels * size, bits, group);
+    long chunks = chunks_of(&coded);
+#pragma omp parallel num_threads(threads)
+    {
+        float *values = malloc(PAD16(coded.span) * (sizeof(float) + 1));
+        uint8_t *codes = (uint8_t *)(values + PAD16(coded.span));
+#pragma omp for schedule(static)
+        for (long part = 0; part < rows * chunks; part++) {
+            long n = decode_part(&coded, part / chunks, part % chunks, codes, values), start = part % chunks * coded.span;
+            long offset = part / chunks * coded.count + start;
+            for (long i = 0; i < n;) {
+                long channel = (start + i) / size, end = MIN(n, (channel + 1) * size - start);
+                float mean = means[channel], along = means[channels + channel], factor = scale[channel];
+                for (; i < end; i++)
+                    d_x[offset + i] = STORE((LOAD(grad[offset + i]) - mean - along * values[i]) * factor);
+            }
+        }
+        free(values);
+    }
+}
+
+/* The gradient of softmax from codes of square roots of its results, which are scaled to sum to one. */
+EXPORT void NAME(softmax_backward)(const T *grad, const uint8_t *packed, const uint8_t *scales, long rows, long count,
+                                   int bits, long group, T *d_x, int threads) {
+    Rows coded = coded_rows(packed, scales, count, bits, group);
+#pragma omp parallel num_threads(threads)
+    {
+        float *p = malloc(PAD16(count) * (sizeof(float) + 1));
+        uint8_t *codes = (uint8_t *)(p + PAD16(count));
+#pragma omp for schedule(static)
+        for (long r = 0; r < rows; r++) {
+            const T *dy = grad + r * count;
+            float sum = 0, along = 0;
+            decode_row(&coded, r, codes, p);
+            for (long i = 0; i < count; i++) {
+                p[i] *= p[i];
+                sum += p[i], along += p[i] * LOAD(dy[i]);
+            }
+            float scale = 1 / (sum > FLT_MIN ? sum : FLT_MIN);
+            along *= scale;
+            for (long i = 0; i < count; i++) d_x[r * count + i] = STORE(p[i] * scale * (LOAD(dy[i]) - along));
+        }
+        free(p);
+    }
+}
+
+/* Gradients of f(gate) * up, see `gate16`, from codes of both. */
+EXPORT void NAME(gated_backward)(const T *grad, const Coded *gate, const Coded *up, float inner, float cubic, long rows,
+                                 long count, int bits, long group, T *d_gate, T *d_up, int threads) {
+    Rows gates = coded_rows(gate->packed, gate->scales, count, bits, group);
+    Rows ups = coded_rows(up->packed, up->scales, count, bits, group);
+    long chunks = chunks_of(&gates), room = PAD16(gates.span);
+#pragma omp parallel num_threads(threads)
+    {
+        float *x = malloc(room * (2 * sizeof(float) + 1)), *y = x + room;
+        uint8_t *codes = (uint8_t *)(y + room);
+        memset(x, 0, room * sizeof(float));
+#pragma omp for schedule(static)
+        for (long part = 0; part < rows * chunks; part++) {
+            long offset = part / chunks * count + part % chunks * gates.span;
+            long n = decode_part(&gates, part / chunks, part % chunks, codes, x);
+            decode_part(&ups, part / chunks, part % chunks, codes, y);
+            for (long i = 0; i < n; i += 16) {
+                vector16 value, slope;
+                gate16(*(loose16 *)(x + i), inner, cubic, &value, &slope);
+                *(loose16 *)(x + i) = value, *(loose16 *)(y + i) *= slope;
+            }
+            for (long i = 0; i < n; i++) {
+                float dy = LOAD(grad[offset + i]);
+                d_up[offset + i] = STORE(dy * x[i]), d_gate[offset + i] = STORE(dy * y[i]);
+            }
+        }
+        free(x);
+    }
+}
+
+/* One place of the window for a row of results: those whose `x` is larger, or the first, take it. */
+INLINE void NAME(pool_place)(const T *x, long n, long stride, int32_t place, float *best, int32_t *places) {
+    for (long i = 0; i < n; i++) {
+        float value = LOAD(x[i * stride]);
+        int take = (value > best[i]) | (value != value) | (places[i] < 0);
+        best[i] = take ? value : best[i], places[i] = take ? place : places[i];
+    }
+}
+
+/* The largest values of windows and their places there, one a byte. */
+EXPORT void NAME(max_pool2d)(const T *x, const Pool *pool, long planes, T *y, uint8_t *codes, int threads) {
+    long height = pool->results[0], width = pool->results[1];
+#pragma omp parallel num_threads(threads)
+    {
+        float *best = malloc(width * 2 * sizeof(float));
+        int32_t *places = (int32_t *)(best + width);
+#pragma omp for schedule(static)
+        for (long line = 0; line < planes * height; line++) {
+            long top = line % height * pool->stride[0] - pool->padding[0], step = pool->stride[1];
+            for (long i = 0; i < width; i++) best[i] = -INFINITY, places[i] = -1;
+            for (long ky = 0; ky < pool->kernel[0]; ky++) {
+                long iy = top + ky * pool->dilation[0];
+                if (iy < 0 || iy >= pool->inputs[0]) continue;
+                const T *row = x + (line / height * pool->inputs[0] + iy) * pool->inputs[1];
+                for (long kx = 0; kx < pool->kernel[1]; kx++) {
+                    long shift = kx * pool->dilation[1] - pool->padding[1], last = pool->inputs[1] - 1 - shift;
+                    long first = shift < 0 ? (-shift + step - 1) / step : 0, end = last < 0 ? 0 : MIN(width, last / step + 1);
+                    const T *from = row + first * step + shift;
+                    int32_t place = (int32_t)(ky * pool->kernel[1] + kx);
+                    if (step == 1) NAME(pool_place)(from, end - first, 1, place, best + first, places + first);
+                    else if (step == 2) NAME(pool_place)(from, end - first, 2, place, best + first, places + first);
+                    else NAME(pool_place)(from, end - first, step, place, best + first, places + first);
+                }
+            }
+            for (long i = 0; i < width; i++)
+                y[line * width + i] = STORE(best[i]), codes[line * width + i] = (uint8_t)places[i];
+        }
+        free(best);
+    }
+}
+
+EXPORT void NAME(max_pool2d_backward)(const T *grad, const uint8_t *packed, const Pool *pool, long planes, int bits, T *d_x,
+                                      int threads) {
+    long height = pool->results[0], width = pool->results[1], count = height * width;
+    long offsets[256];
+    for (long k = 0; k < 256; k++)
+        offsets[k] = k / pool->kernel[1] * pool->dilation[0] * pool->inputs[1] + k % pool->kernel[1] * pool->dilation[1];
+#pragma omp parallel num_threads(threads)
+    {
+        uint8_t *codes = malloc(count);
+#pragma omp for schedule(static)
+        for (long plane = 0; plane < planes; plane++) {
+            T *to = d_x + plane * pool->inputs[0] * pool->inputs[1];
+            unpack_run(packed, planes * count, bits, plane * count, count, codes);
+            memset(to, 0, pool->inputs[0] * pool->inputs[1] * sizeof(T));
+            for (long i = 0; i < height; i++) {
+                long top = i * pool->stride[0] - pool->padding[0];
+                for (long j = 0; j < width; j++) {
+                    long left = j * pool->stride[1] - pool->padding[1], at = i * width + j;
+                    T *target = to + top * pool->inputs[1] + left + offsets[codes[at]];
+                    *target = STORE(LOAD(*target) + LOAD(grad[plane * count + at]));
+                }
+            }
+        }
+        free(codes);
+    }
 }
 
 /* x[b, h, n, d] lies at b * stride_b + h * stride_h + n * stride_n + d; mean is bfloat16 [B, H, D] */

@@ -1,9 +1,17 @@
-"""Every op in plain PyTorch: any device, the ground truth of the other backends. Written to be read, not to be fast."""
+"""Every op in plain PyTorch: any device, the ground truth of the other backends. Written to be read, not to be fast.
+
+Ops made of others take the backend's own as ``encode`` and ``decode`` (`encode_groups` and `decode_groups`).
+"""
+
+from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import codec
+from ..activation_functions import activation_function
+from ..levels import code_table
 from . import attention
 
 
@@ -38,6 +46,25 @@ def decode_groups(
     packed: Tensor, scales: Tensor, bits: int, group_size: int, count: int, dtype: torch.dtype
 ) -> Tensor:
     return codec.decode_groups(packed, scales, bits, group_size, count, dtype)
+
+
+def encode_roots(
+    p: Tensor, bits: int, group_size: int, seed: int | None, encode: Callable | None = None
+) -> tuple[Tensor, Tensor]:
+    return (encode or codec.encode_groups)(p.sqrt(), bits, group_size, seed)
+
+
+def encode_channels(
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    bits: int,
+    group_size: int,
+    seed: int | None,
+    encode: Callable | None = None,
+) -> tuple[Tensor, Tensor]:
+    x_hat = (x.to(codec.math_dtype(x.dtype)) - mean[:, None]).mul_(rstd[:, None])
+    return (encode or codec.encode_groups)(x_hat.flatten(1), bits, group_size, seed)
 
 
 def encode_norm(
@@ -87,6 +114,108 @@ def norm_backward(
     if wanted[2]:
         d_bias = dy.sum(0)
     return d_input, d_weight, d_bias
+
+
+def batch_norm_backward(
+    grad: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    live: bool,
+    bits: int,
+    group_size: int,
+    wanted: list[bool],
+    decode: Callable | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = codec.math_dtype(grad.dtype)
+    samples, channels, size = grad.shape
+    x_hat = (decode or codec.decode_groups)(packed, scales, bits, group_size, channels * size, dtype).view(grad.shape)
+    dy = grad.to(dtype)
+    d_bias, d_weight = dy.sum((0, 2)), (dy * x_hat).sum((0, 2))
+    d_input, empty = grad.new_empty(0), dy.new_empty(0)
+    if wanted[0]:
+        d_x = dy
+        if live:
+            d_x = dy - d_bias[:, None] / (samples * size)
+            d_x -= x_hat.mul_(d_weight[:, None] / (samples * size))
+        scale = rstd if weight is None else rstd * weight
+        d_input = (d_x * scale[:, None]).to(grad.dtype)
+    return d_input, d_weight if wanted[1] else empty, d_bias if wanted[2] else empty.clone()
+
+
+def softmax_backward(
+    grad: Tensor, packed: Tensor, scales: Tensor, bits: int, group_size: int, decode: Callable | None = None
+) -> Tensor:
+    dtype = codec.math_dtype(grad.dtype)
+    p = (decode or codec.decode_groups)(packed, scales, bits, group_size, grad.shape[1], dtype).square_()
+    p /= p.sum(-1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)  # so that the gradient sums to zero
+    return torch._softmax_backward_data(grad.to(dtype), p, -1, dtype).to(grad.dtype)
+
+
+def gated_backward(
+    grad: Tensor,
+    gate: list[Tensor],
+    up: list[Tensor],
+    name: str,
+    keys: list[str],
+    values: list[float],
+    bits: int,
+    group_size: int,
+    decode: Callable | None = None,
+) -> tuple[Tensor, Tensor]:
+    dtype, params = codec.math_dtype(grad.dtype), dict(zip(keys, values))
+    gate, up = ((decode or codec.decode_groups)(*x, bits, group_size, grad.shape[1], dtype) for x in (gate, up))
+    d_up = (grad * activation_function(name).forward(gate, **params)).to(grad.dtype)
+    d_gate = up.mul_(_derivative(gate, name, params)).mul_(grad)
+    return d_gate.to(grad.dtype), d_up
+
+
+def _derivative(x: Tensor, name: str, params: dict[str, float]) -> Tensor:
+    function = activation_function(name)
+    if function.derivative is not None:
+        return function.derivative_torch(x, **params)
+    table = code_table(name, tuple(sorted(params.items())), 1, None, x.dtype == torch.float64)
+    packed = encode_steps(x.flatten(), table.thresholds, table.codes, table.bits)
+    return scale_by_levels(torch.ones_like(x).flatten(), packed, table.levels, table.bits).view(x.shape)
+
+
+def max_pool2d(
+    x: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    ceil_mode: bool,
+    bits: int,
+) -> tuple[Tensor, Tensor]:
+    y, index = F.max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode, return_indices=True)
+    place = 0
+    for d, position in zip((0, 1), (index // x.shape[-1], index % x.shape[-1])):
+        start = torch.arange(y.shape[d - 2], device=x.device) * stride[d] - padding[d]
+        position -= start.view(-1, *[1] * (1 - d))
+        place = place * kernel_size[d] + position.div_(dilation[d], rounding_mode="floor")
+    return y, codec.pack(place.to(torch.uint8).reshape(1, -1), bits).view(-1)
+
+
+def max_pool2d_backward(
+    grad: Tensor,
+    packed: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    height: int,
+    width: int,
+    bits: int,
+) -> Tensor:
+    place = codec.unpack(packed.view(1, -1), bits, grad.numel()).view(grad.shape)
+    index = 0
+    for d, part in zip((0, 1), (place // kernel_size[1], place % kernel_size[1])):
+        start = torch.arange(grad.shape[d - 2], device=grad.device) * stride[d] - padding[d]
+        index = index * width + part.to(torch.int64).mul_(dilation[d]).add_(start.view(-1, *[1] * (1 - d)))
+    d_x = grad.new_zeros(*grad.shape[:-2], height * width)
+    return d_x.scatter_add_(-1, index.flatten(-2), grad.flatten(-2)).view(*grad.shape[:-2], height, width)
 
 
 def encode_heads(

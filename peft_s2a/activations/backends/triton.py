@@ -3,7 +3,8 @@
 Every kernel reads its input from memory once and writes codes, or reads codes and writes gradients; nothing else is allocated but the
 token means of `encode_heads`, partial sums for parameters (`norm_backward`, `prompt_attention_backward`) and two numbers a query
 (`attention_backward`). Float64, rows of more than 16384 values, heads of more than 256 and attention whose mask wants a gradient are
-left to the reference. On the CPU the kernels run in Triton's interpreter, for tests: set TRITON_INTERPRET=1 before Triton is imported.
+left to the reference, and so is max pooling; softmax, batch normalisation and gated activations are the reference's with codes by
+the kernels here. On the CPU the kernels run in Triton's interpreter, for tests: set TRITON_INTERPRET=1 before Triton is imported.
 """
 
 import functools
@@ -154,6 +155,13 @@ def decode_groups(
         BITS=bits, **_slots(count, group_size),
     )  # fmt: skip
     return values
+
+
+encode_roots = functools.partial(reference.encode_roots, encode=encode_groups)
+encode_channels = functools.partial(reference.encode_channels, encode=encode_groups)
+batch_norm_backward = functools.partial(reference.batch_norm_backward, decode=decode_groups)
+softmax_backward = functools.partial(reference.softmax_backward, decode=decode_groups)
+gated_backward = functools.partial(reference.gated_backward, decode=decode_groups)
 
 
 def encode_norm(
