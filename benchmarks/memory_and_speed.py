@@ -66,8 +66,8 @@ MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 class WithoutTokenMean(ActivationQuantizationConfig):
     """Queries, keys and values are coded as they are, not minus their mean over tokens."""
 
-    def quantizer(self, kind: str, module_name: str = "") -> Quantizer:
-        return replace(super().quantizer(kind, module_name), center_attention=False)
+    def quantizer(self, kind: str, module_name: str = "", channels: int | None = None) -> Quantizer:
+        return replace(super().quantizer(kind, module_name, channels), center_attention=False)
 
 
 def s2a(**settings: Any) -> Apply:

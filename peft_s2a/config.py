@@ -186,7 +186,9 @@ class S2ASideConfig(_S2ABaseConfig):
     """Trains low-rank branches beside modules of a backbone, or a ladder of them beside the whole backbone.
 
     Args:
-        side_rank (`int`): Width r of a branch.
+        side_rank (`int` or `None`):
+            Width r of a branch. None: 32, but at most an eighth of the width of the features it reads (and at least 8)
+            in "residual" mode, so that narrow layers do not keep more for the branch than for themselves.
         side_alpha (`float`): A branch is scaled by `side_alpha / side_rank`.
         side_mode (`str`):
             "residual": `y = base(x) + side_alpha / side_rank * U f(D x)` with frozen D, so that only tensors of width
@@ -199,7 +201,9 @@ class S2ASideConfig(_S2ABaseConfig):
 
     structures: ClassVar[tuple[str, ...]] = ("side",)
 
-    side_rank: int = field(default=32, metadata={"help": "Width of a side branch."})
+    side_rank: int | None = field(
+        default=None, metadata={"help": "Width of a side branch. None: 32, less beside narrow layers."}
+    )
     side_alpha: float = field(default=16.0, metadata={"help": "Side branches are scaled by side_alpha / side_rank."})
     side_mode: str = field(default="residual", metadata={"help": "'residual' or 'ladder'."})
     side_activation: str = field(default="gelu", metadata={"help": "'gelu', or 'linear' (mergeable)."})
@@ -207,7 +211,8 @@ class S2ASideConfig(_S2ABaseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_positive_int(self, "side_rank")
+        if self.side_rank is not None:
+            _check_positive_int(self, "side_rank")
         if isinstance(self.side_alpha, bool) or not isinstance(self.side_alpha, (int, float)) or self.side_alpha <= 0:
             raise ValueError(f"`side_alpha` must be a positive number, got {self.side_alpha!r}.")
         _check_choice(self, "side_mode", SIDE_MODES)

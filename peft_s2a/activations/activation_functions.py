@@ -35,6 +35,7 @@ class ActivationFunction:
             torch's), or None for piecewise-linear functions.
         pieces: for piecewise-linear functions, ``pieces(**params) -> (breaks, slopes)``: ``slopes[i]`` holds up to
             ``breaks[i]``, each break being ``(position, whether the position belongs to the piece on its right)``.
+        backward: the stock library's ``backward(grad, x, **params)`` in one pass, where it has one.
     """
 
     forward: Callable[..., torch.Tensor]
@@ -42,6 +43,7 @@ class ActivationFunction:
     params: dict[str, Any] = field(default_factory=dict)
     derivative: Callable[..., Any] | None = None
     pieces: Callable[..., tuple[tuple[tuple[float, bool], ...], tuple[float, ...]]] | None = None
+    backward: Callable[..., torch.Tensor] | None = None
 
     def derivative_numpy(self, x: np.ndarray, **params: Any) -> np.ndarray:
         """f'(x) in float64."""
@@ -51,6 +53,10 @@ class ActivationFunction:
     def derivative_torch(self, x: torch.Tensor, **params: Any) -> torch.Tensor:
         """f'(x) in the dtype of x."""
         return self.derivative(x, _TORCH, **{**self.params, **params})
+
+    def gradient(self, grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """grad * f'(x) of a smooth function with its default parameters."""
+        return grad * self.derivative_torch(x) if self.backward is None else self.backward(grad, x)
 
 
 def _sigmoid(x, m):
@@ -131,14 +137,19 @@ def _shrunk(lambd):
 
 
 ACTIVATION_FUNCTIONS: dict[str, ActivationFunction] = {
-    "gelu": ActivationFunction(F.gelu, torch.ops.aten.gelu_, derivative=_gelu),
+    "gelu": ActivationFunction(F.gelu, torch.ops.aten.gelu_, derivative=_gelu, backward=torch.ops.aten.gelu_backward),
     "gelu_tanh": ActivationFunction(
         lambda x: F.gelu(x, approximate="tanh"),
         lambda x: torch.ops.aten.gelu_(x, approximate="tanh"),
         derivative=_gelu_tanh,
     ),
     "quick_gelu": ActivationFunction(_quick_gelu_forward, derivative=_scaled_silu(1.702)),
-    "silu": ActivationFunction(F.silu, lambda x: F.silu(x, inplace=True), derivative=_scaled_silu(1.0)),
+    "silu": ActivationFunction(
+        F.silu,
+        lambda x: F.silu(x, inplace=True),
+        derivative=_scaled_silu(1.0),
+        backward=torch.ops.aten.silu_backward,
+    ),
     "mish": ActivationFunction(F.mish, lambda x: F.mish(x, inplace=True), derivative=_mish),
     "hardswish": ActivationFunction(F.hardswish, lambda x: F.hardswish(x, inplace=True), derivative=_hardswish),
     "tanh": ActivationFunction(torch.tanh, torch.tanh_, derivative=_tanh),

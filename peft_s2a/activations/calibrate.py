@@ -306,7 +306,7 @@ class _MeasuringMode(OperatorMode):
         super().__init__(replace(study.config, mlp_tiles=1), module_name)
         self.study = study
 
-    def quantizer(self, kind: str):
+    def quantizer(self, kind: str, channels: int | None = None):
         raise _Asked(kind)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):

@@ -23,8 +23,8 @@ class ActivationQuantizationConfig:
             "name:kind" is for the operators of one kind in that module and goes before the name alone. What is not
             named gets "default", else 4. Piecewise-linear activation functions, max pooling and dropout are exact and
             ignore it.
-        group_size: neighbouring values that share bounds, which take two bytes and a quarter. None: 16 for attention,
-            whose gradients suffer most from coarse groups, 32 elsewhere.
+        group_size: neighbouring values that share bounds, which take two bytes and a quarter. None: 32, and 16 for
+            attention with heads of more than 32 channels, whose gradients suffer most from coarse groups.
         rounding: "nearest", or "stochastic": unbiased, seeded by torch's default CPU generator.
         levels: fitted derivative levels of activation functions: a dict from module name (or its end) to ``2 ** bits``
             ascending numbers. None: the shipped tables.
@@ -74,12 +74,13 @@ class ActivationQuantizationConfig:
             for name in self.levels:
                 self.quantizer("activation", name)  # checks their number against the module's bits
 
-    def quantizer(self, kind: str, module_name: str = "") -> Quantizer:
+    def quantizer(self, kind: str, module_name: str = "", channels: int | None = None) -> Quantizer:
         """The settings of one operator.
 
         Args:
             kind: one of `OPERATOR_KINDS`.
             module_name: dotted name of the module it stands in.
+            channels: of an attention head, if known.
         """
         if kind not in OPERATOR_KINDS:
             raise ValueError(f"operator kind must be one of {OPERATOR_KINDS}, not {kind!r}")
@@ -89,9 +90,10 @@ class ActivationQuantizationConfig:
             of_kind = {name.rpartition(":")[0]: width for name, width in bits.items() if name.endswith(f":{kind}")}
             bits = _by_module_name({**by_name, **of_kind}, module_name, bits.get(kind, bits.get("default", 4)))
         levels = _by_module_name(self.levels or {}, module_name) if kind == "activation" else None
+        is_wide = kind == "attention" and (channels is None or channels > 32)
         return Quantizer(
             bits=bits,
-            group_size=self.group_size or (16 if kind == "attention" else 32),
+            group_size=self.group_size or (16 if is_wide else 32),
             rounding=self.rounding,
             levels=None if levels is None else tuple(levels),
             backend=self.backend,

@@ -361,7 +361,7 @@ def _kept_mask(mask: Tensor | None) -> tuple[tuple[Tensor | None, Tensor | None]
 
 def _restored_mask(kept: Tensor | None, values: Tensor | None, shape: torch.Size | None) -> Tensor | None:
     if values is None:
-        return kept
+        return kept if kept is None or kept.dtype == torch.bool else kept.to(math_dtype(kept.dtype))
     return values[unpack(kept, 1, shape.numel()).to(torch.int32)].view(shape)
 
 
@@ -405,14 +405,14 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     *,
     quantizer: Quantizer,
-    mask_terms: tuple[Tensor, Tensor] | None = None,
+    mask_terms: tuple[Tensor, Tensor | None] | None = None,
 ) -> Tensor:
     """`torch.nn.functional.scaled_dot_product_attention`; keeps b-bit queries, keys and values and recomputes the rest in
     backward, a few samples, heads or query rows at a time. Nothing of size L x S is kept; the mask is kept as a reference.
 
     Args: as the stock function, without grouped-query head counts. An additive ``attn_mask`` that needs a gradient gets one.
-    ``mask_terms`` are two tensors whose sum is ``attn_mask`` (which then needs no gradient), kept in its place: a position bias
-    for every head and a mask for every window take far less room than their sum.
+    ``mask_terms`` are one or two tensors whose sum is ``attn_mask`` up to rounding (which then needs no gradient), kept in its
+    place: a position bias for every head and a mask for every window take far less room than their sum.
     Dropout is replayed in backward from the kept state of the random generator, in one piece.
     With five or more dimensions, or batch dimensions that broadcast against each other, this is the stock call in full
     precision.

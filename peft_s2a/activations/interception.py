@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_
 from . import functional, products, shapes, structures
 from .config import ActivationQuantizationConfig
 from .functional import Quantizer
+from .tiling import SampleDraws
 
 
 class OperatorMode(TorchFunctionMode):
@@ -34,29 +35,35 @@ class OperatorMode(TorchFunctionMode):
         super().__init__()
         self.config = config
         self.module_name = module_name
-        self._quantizers: dict[str, Quantizer] = {}
+        self._quantizers: dict[tuple[str, int | None], Quantizer] = {}
         self._masks: list[weakref.ref[Tensor]] = []
         self.overwrites = False  # activation functions may use the memory of their input
+        self._draws: SampleDraws | None = None  # of the tile that is being run
 
     def __reduce__(self):
         return OperatorMode, (self.config, self.module_name)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Enters the mode in place of the surrounding module's: every mode in force costs time at every operator."""
+        """Enters the mode in place of the surrounding module's, and of the tile's draws, which it then serves: every mode in
+        force costs time at every operator."""
         outer = None if torch.compiler.is_compiling() else _get_current_function_mode()
-        with _pop_mode_temporarily() if isinstance(outer, OperatorMode) else nullcontext(), self:
+        self._draws = outer if isinstance(outer, SampleDraws) else getattr(outer, "_draws", None)
+        with _pop_mode_temporarily() if isinstance(outer, (OperatorMode, SampleDraws)) else nullcontext(), self:
             yield
 
-    def quantizer(self, kind: str) -> Quantizer:
-        """The settings of operators of ``kind`` in this module."""
-        if kind not in self._quantizers:
-            self._quantizers[kind] = self.config.quantizer(kind, self.module_name)
-        return self._quantizers[kind]
+    def quantizer(self, kind: str, channels: int | None = None) -> Quantizer:
+        """The settings of operators of ``kind`` in this module; ``channels``: of an attention head, if known."""
+        settings = self._quantizers.get((kind, channels))
+        if settings is None:
+            settings = self._quantizers[kind, channels] = self.config.quantizer(kind, self.module_name, channels)
+        return settings
 
-    def shared(self, mask: Tensor) -> Tensor:
-        """``mask``, or the equal one that this module used before, if that is still kept: a mask that is computed anew
-        for every tile is kept once."""
+    def kept(self, mask: Tensor) -> Tensor:
+        """What is kept of an attention mask: position biases of float32 in half precision, whose error drowns in that of the
+        codes; and of masks that are computed anew for every tile, one."""
+        if mask.dtype == torch.float32 and mask.dim() == 4 and mask.shape[1] > 1:
+            mask = mask.clamp(*_HALF_RANGE).half()
         alive = [(reference, other) for reference in self._masks if (other := reference()) is not None]
         self._masks = [reference for reference, _ in alive]
         for _, other in alive:
@@ -71,6 +78,8 @@ class OperatorMode(TorchFunctionMode):
             result = handler(self, *args, **(kwargs or {}))
             if result is not NotImplemented:
                 return result
+        if self._draws is not None and SampleDraws.concerns(func):
+            return self._draws.__torch_function__(func, types, args, kwargs)
         return func(*args, **(kwargs or {}))
 
 
@@ -81,6 +90,7 @@ def _same_values(a: Tensor, b: Tensor) -> bool:
 
 
 _TERMS = "_s2a_terms"
+_HALF_RANGE = torch.finfo(torch.float16).min, torch.finfo(torch.float16).max
 _HANDLERS: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 
@@ -180,11 +190,9 @@ def _attention(mode, query, key, value, attn_mask=None, dropout_p=0.0, is_causal
         key, value = (t.repeat_interleave(repeats, dim=-3) for t in (key, value))
     terms = None
     if attn_mask is not None and not attn_mask.requires_grad and not torch.compiler.is_compiling():
-        terms = getattr(attn_mask, _TERMS, None)
-        if terms is None:
-            attn_mask = mode.shared(attn_mask)
-        else:
-            terms = tuple(map(mode.shared, terms))
+        terms = tuple(
+            None if term is None else mode.kept(term) for term in getattr(attn_mask, _TERMS, (attn_mask, None))
+        )
     return functional.scaled_dot_product_attention(
         query,
         key,
@@ -193,7 +201,7 @@ def _attention(mode, query, key, value, attn_mask=None, dropout_p=0.0, is_causal
         dropout_p,
         is_causal,
         scale,
-        quantizer=mode.quantizer("attention"),
+        quantizer=mode.quantizer("attention", query.shape[-1]),
         mask_terms=terms,
     )
 
@@ -310,9 +318,8 @@ def _normalize(mode, input, p=2.0, dim=1, eps=1e-12, out=None):
 
 @_handles(structures.add_prompt_attention)
 def _add_prompt_attention(mode, attended, query, key, value, gate, num_heads):
-    return structures.quantized_add_prompt_attention(
-        attended, query, key, value, gate, num_heads, quantizer=mode.quantizer("attention")
-    )
+    quantizer = mode.quantizer("attention", query.shape[-1] // num_heads)
+    return structures.quantized_add_prompt_attention(attended, query, key, value, gate, num_heads, quantizer=quantizer)
 
 
 @_handles(structures.add_low_rank)

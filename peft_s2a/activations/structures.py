@@ -160,7 +160,7 @@ class _AddLowRank(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             d_hidden = (rows @ up).mul_(ctx.scaling)
             if function is not None:
-                d_hidden *= function.derivative_torch(hidden)
+                d_hidden = function.gradient(d_hidden, hidden)
             shape, dtype = ctx.hidden_like
             d_hidden = d_hidden.view(shape).to(dtype)
         if ctx.needs_input_grad[2]:

@@ -73,6 +73,11 @@ class SampleDraws(TorchFunctionMode):
         self.rows = slice(0, count)
         self.position = 0
 
+    @staticmethod
+    def concerns(func: Callable[..., Any]) -> bool:
+        """Whether ``func`` may be one of the draws."""
+        return func is torch.rand or func is Tensor.bernoulli_
+
     def select(self, rows: slice) -> None:
         """Serve ``rows`` of every draw from here on."""
         self.rows, self.position = rows, 0

@@ -20,7 +20,7 @@ from peft_s2a.tuners.bias import BATCH_NORMS, BiasLayer
 from peft_s2a.tuners.ladder import LadderRung, LadderTop
 from peft_s2a.tuners.layer import AttachedLayer, S2ALayer
 from peft_s2a.tuners.prompt import InputPromptLayer, PromptLayer
-from peft_s2a.tuners.side import SideLayer, input_width, output_width, projections
+from peft_s2a.tuners.side import DEFAULT_RANK, SideLayer, input_width, output_width, projections
 from peft_s2a.tuners.targets import (
     find_attention,
     find_statistics,
@@ -177,10 +177,11 @@ class S2AModel(BaseTuner):
 
     def _add_rung(self, config: _S2ABaseConfig, adapter_name: str, block: nn.Module, key: str) -> None:
         names = config.structure_targets["ladder"]
+        rank = config.side_rank or DEFAULT_RANK
         rung = LadderRung.on(block) or LadderRung(block).attach()
         rung.update_layer(
             adapter_name,
-            rank=config.side_rank,
+            rank=rank,
             init=config.side_init,
             init_weights=config.init_weights,
             is_first=key == names[0],
@@ -189,9 +190,7 @@ class S2AModel(BaseTuner):
             heads = [self.model.get_submodule(name) for name in find_task_heads(self.model)]
             width = input_width(projections(heads[0])[0]) if heads else output_width(projections(block)[-1])
             top = LadderTop.on(block) or LadderTop(block, width).attach()
-            top.update_layer(
-                adapter_name, rank=config.side_rank, alpha=config.side_alpha, init_weights=config.init_weights
-            )
+            top.update_layer(adapter_name, rank=rank, alpha=config.side_alpha, init_weights=config.init_weights)
 
     def _add_statistics(self, config: _S2ABaseConfig, adapter_name: str, parent: nn.Module, target_name: str) -> None:
         if config.freeze_batch_norm_stats:

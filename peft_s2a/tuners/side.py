@@ -44,6 +44,14 @@ def output_width(layer: nn.Module) -> int:
     return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
 
 
+DEFAULT_RANK = 32
+
+
+def default_rank(width: int) -> int:
+    """Rank of a branch that reads features of `width` channels: an eighth of them, between 8 and 32 (our choice)."""
+    return min(DEFAULT_RANK, max(8, width // 8))
+
+
 def can_serve(module: nn.Module) -> bool:
     """Whether a side branch can run beside `module`: a Linear, Conv1d, Conv2d, or a module that starts and ends with such.
 
@@ -126,10 +134,11 @@ class SideLayer(AttachedLayer):
         return projections(entry)[0], projections(self._host[0])[-1]
 
     def update_layer(
-        self, adapter_name: str, *, rank: int, alpha: float, activation: str, init: str, init_weights: bool
+        self, adapter_name: str, *, rank: int | None, alpha: float, activation: str, init: str, init_weights: bool
     ) -> None:
         """Adds an adapter; the arguments are those of [`S2ASideConfig`]."""
         first, last = self._ends
+        rank = rank or default_rank(input_width(first))
         like = self.reference_tensor()
         kernel_size = first.kernel_size if self.is_leaf and not isinstance(first, nn.Linear) else ()
         down = frozen_projection(first, (rank, input_width(first), *kernel_size), init)
