@@ -41,6 +41,10 @@ class TestRows:
     def test_norms(self, **case):
         kernel_checks.check_norms(compiled, "cpu", **case)
 
+    @pytest.mark.parametrize("scale", kernel_checks.MAGNITUDES)
+    def test_magnitudes_at_the_ends_of_float32(self, scale):
+        kernel_checks.check_magnitude(compiled, "cpu", scale)
+
     def test_sums_over_many_rows(self):
         kernel_checks.check_sums_over_many_rows(compiled, "cpu")
 

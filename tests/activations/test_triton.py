@@ -94,19 +94,11 @@ class TestRows:
 
     @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
     def test_what_is_not_finite_stays_visible(self):
-        x = torch.randn(3, 64, device=DEVICE)
-        x[1, 3], x[2, 40] = torch.nan, torch.inf
-        decoded = [
-            backend.decode_groups(*backend.encode_groups(x, 4, 8, None), 4, 8, 64, torch.float32)
-            for backend in (triton, reference)
-        ]
-        assert torch.equal(decoded[0].isnan(), decoded[1].isnan()) and decoded[0].isnan().any(1).tolist() == [0, 1, 1]
+        kernel_checks.check_not_finite(triton, DEVICE)
 
-    @pytest.mark.parametrize("scale", [1e-42, 1e-36, 1e-12, 1e36])
+    @pytest.mark.parametrize("scale", kernel_checks.MAGNITUDES)
     def test_magnitudes_at_the_ends_of_float32(self, scale):
-        x = random((4, 64), torch.float32, 5, 1.0, DEVICE) * scale
-        for ours, theirs in zip(triton.encode_groups(x, 4, 8, None), reference.encode_groups(x, 4, 8, None)):
-            assert torch.equal(ours, theirs)
+        kernel_checks.check_magnitude(triton, DEVICE, scale)
 
     @pytest.mark.parametrize(("count", "dtype"), [(20000, torch.float32), (40, torch.float64)])
     def test_long_rows_and_double_precision_are_left_to_the_reference(self, count, dtype):

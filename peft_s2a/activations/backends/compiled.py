@@ -1,7 +1,7 @@
 """The ops on CPUs in fused C kernels (`kernels.c`), compiled once with the machine's C compiler and kept in a cache.
 
-Without a compiler the reference runs instead, after one warning. Calls cost microseconds: arguments are plain pointers and
-numbers, and nothing is compiled again for another shape.
+Without a compiler the reference runs instead, after one warning. Calls cost microseconds: arguments are plain pointers
+and numbers, and nothing is compiled again for another shape.
 """
 
 import ctypes
@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_name("kernels.c")
 _SUFFIXES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-# Sums may be reordered, so that loops over them vectorise; unlike -ffast-math, this leaves the process's handling of denormal
-# numbers and of NaN alone.
+# Sums may be reordered, so that loops over them vectorise; unlike -ffast-math, this leaves the process's handling of
+# denormal numbers and of NaN alone.
 _FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
 _FLAGS += ("-fno-signed-zeros", "-fassociative-math")
 
@@ -48,7 +48,8 @@ def library() -> ctypes.CDLL | None:
         kernels = ctypes.CDLL(str(_build()))
     except (CompilationError, OSError) as error:
         warnings.warn(
-            f"The fused CPU kernels are not available ({error}); quantised activations fall back to the slow reference "
+            f"The fused CPU kernels are not available ({error}); quantised activations fall back to the slow "
+            "reference "
             'backend. Install a C compiler (gcc or clang, or name one in CC), or pass backend="reference" to silence this.',
             stacklevel=2,
         )
@@ -219,8 +220,8 @@ def _encode_rows(
     columns: Tensor | None,
     run: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Codes, scales and, of norms, ``rstd``; None where the reference has to do. ``columns``: means and inverse deviations (float32
-    ``[2, C / run]``) that every ``run`` values of a row are standardised by."""
+    """Codes, scales and, of norms, ``rstd``; None where the reference has to do. ``columns``: means and inverse
+    deviations (float32 ``[2, C / run]``) that every ``run`` values of a row are standardised by."""
     kernel = _kernel("encode_rows", x.dtype)
     if kernel is None:
         return None

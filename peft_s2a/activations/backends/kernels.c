@@ -82,8 +82,9 @@ EXPORT void pack_row(const uint8_t *codes, long count, int bits, uint8_t *out) {
 INLINE void unpack_plane(const uint8_t *packed, long count, int bits, int place, long start, long n, uint8_t *codes) {
     long width = packed_width(count, bits);
     uint8_t mask = (uint8_t)((1 << bits) - 1);
-    for (long i = 0; i < n;) {
-        long part = (start + i) / width, end = MIN(n, (part + 1) * width - start);
+    long part = start ? start / width : 0;
+    for (long i = 0; i < n; part++) {
+        long end = MIN(n, (part + 1) * width - start);
         const uint8_t *from = packed + start - part * width;
         for (; i < end; i++) codes[i] = (place ? codes[i] : 0) | (from[i] >> part * bits & mask) << place;
     }
@@ -112,12 +113,6 @@ static inline long scales_width(long groups) { return (groups + UNIT_GROUPS - 1)
 static inline float decode_unit(uint8_t exponent) {
     union { uint32_t i; float f; } word = {(uint32_t)exponent << 23};
     return word.f;
-}
-
-static inline float encode_unit(float largest, uint8_t *exponent) {
-    union { float f; uint32_t i; } word = {largest / 127};
-    *exponent = (uint8_t)((MIN(word.i, 0x7F800000u) + 0x7FFFFF) >> 23);
-    return decode_unit(*exponent);
 }
 
 /* b where one is not a number */
@@ -189,8 +184,7 @@ INLINE vector16 extremes16(vector16 *v, long n, int largest) {
 static inline int in_vectors(long count, long group) { return group % 16 == 0 || group >= count; }
 
 /* Smallest and largest value of each of up to CHUNK groups; the last one of a row may be shorter, but is filled up. */
-static void ranges_of(const float *x, long count, long group, vector16 *low, vector16 *high) {
-    long groups = (count + group - 1) / group;
+static void ranges_of(const float *x, long count, long group, long groups, vector16 *low, vector16 *high) {
     for (long first = 0; first < groups; first += 16) {
         vector16 lows[16], highs[16];
         long here = MIN(16, groups - first);
@@ -233,6 +227,18 @@ static inline Scales scales_from(const uint8_t *scales, long groups, long first)
     return (Scales){(uint8_t *)scales + first / UNIT_GROUPS, lows + first, lows + groups + first};
 }
 
+/* The exponents of the units of `groups` groups, given their largest magnitudes: in every lane that of its unit. */
+INLINE index16 exponents_of(vector16 magnitude, long groups) {
+    const index16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    magnitude = (vector16)((index16)magnitude & (lane < (int32_t)MIN(groups, 16)));
+    magnitude = larger16(magnitude, __builtin_shuffle(magnitude, lane ^ 1));
+    magnitude = larger16(magnitude, __builtin_shuffle(magnitude, lane ^ 2));
+    /* that of magnitude / 127, rounded up: 127 is 0x42FE0000, and what is below 64 of the smallest floats rounds to zero */
+    index16 word = (index16)magnitude, exponent = (word - 0x3000000 + 0x1FFFF) >> 23;
+    exponent = (exponent & (exponent > 0)) | (1 & (exponent <= 0) & (word >= 64));
+    return exponent | (255 & (word >= 0x7F800000)); /* what is not finite decodes to NaN */
+}
+
 INLINE vector16 rounded_bound(vector16 bound, vector16 inverse_unit) {
     const vector16 zero = {0};
     return larger16(smaller16(nearest16(bound * inverse_unit), zero + 127), zero - 127);
@@ -240,23 +246,21 @@ INLINE vector16 rounded_bound(vector16 bound, vector16 inverse_unit) {
 
 /* Code up to CHUNK groups: one code a byte to `codes`. Behind x and codes there is room up to 15 further elements,
  * which in x are equal to the last. `position` is that of the first value in the tensor. */
-static void encode_chunk(const float *x, long count, int bits, long group, const int64_t *seed, uint32_t position,
-                         Scales to, uint8_t *codes) {
+static void encode_chunk(const float *x, long count, int bits, long group, long groups, const int64_t *seed,
+                         uint32_t position, Scales to, uint8_t *codes) {
     float top = (float)((1 << bits) - 1);
-    long groups = (count + group - 1) / group;
-    vector16 low[CHUNK / 16], high[CHUNK / 16], unit = {0}, inverse_unit = {0}, offset[CHUNK / 16], inverse[CHUNK / 16];
+    vector16 low[CHUNK / 16], high[CHUNK / 16], offset[CHUNK / 16], inverse[CHUNK / 16];
     int8_t kept[2][CHUNK];
-    ranges_of(x, count, group, low, high);
+    ranges_of(x, count, group, groups, low, high);
     for (long v = 0; v * 16 < groups; v++) {
         vector16 magnitude = larger16(larger16(low[v], -low[v]), larger16(high[v], -high[v]));
-        for (long g = 0, here = MIN(16, groups - v * 16); g < here; g += UNIT_GROUPS) {
-            float largest = 0;
-            for (long k = g; k < MIN(g + UNIT_GROUPS, here); k++) largest = magnitude[k] > largest ? magnitude[k] : largest;
-            float size = encode_unit(largest, to.exponents + (v * 16 + g) / UNIT_GROUPS);
-            for (long k = g; k < g + UNIT_GROUPS; k++) unit[k] = size, inverse_unit[k] = size == 0 ? 0 : 1 / size;
-        }
+        index16 exponent = exponents_of(magnitude, groups - v * 16);
+        vector16 unit = (vector16)(exponent << 23);
+        vector16 inverse_unit = (vector16)((254 - exponent) << 23 & (exponent != 0) & (exponent != 255));
+        for (long g = 0; g < MIN(16, groups - v * 16); g += UNIT_GROUPS)
+            to.exponents[(v * 16 + g) / UNIT_GROUPS] = (uint8_t)exponent[g];
         vector16 a = rounded_bound(low[v], inverse_unit), b = rounded_bound(high[v], inverse_unit);
-        vector16 step = (b - a) * unit / top;
+        vector16 step = (b - a) * unit / top; /* divided by once more, so that ties fall as in the reference */
         offset[v] = a * unit, inverse[v] = (vector16)((index16)(1 / step) & (step != 0));
         to_bytes16(__builtin_convertvector(a, index16), kept[0] + v * 16);
         to_bytes16(__builtin_convertvector(b, index16), kept[1] + v * 16);
@@ -272,59 +276,56 @@ static void encode_chunk(const float *x, long count, int bits, long group, const
 }
 
 /* The values behind up to CHUNK groups of codes. Both have room up to the next multiple of 16. */
-static void decode_chunk(const uint8_t *codes, Scales from, long count, int bits, long group, float *out) {
-    float top = (float)((1 << bits) - 1), offset[CHUNK], step[CHUNK], unit[CHUNK];
-    long groups = (count + group - 1) / group;
-    for (long g = 0; g < groups; g++) unit[g] = decode_unit(from.exponents[g / UNIT_GROUPS]);
-    for (long g = 0; g < groups; g++) {
-        offset[g] = from.lows[g] * unit[g];
-        step[g] = (float)(from.highs[g] - from.lows[g]) * unit[g] / top;
-    }
+static void decode_chunk(const uint8_t *codes, Scales from, long count, int bits, long group, long groups, float *out) {
+    float top = (float)((1 << bits) - 1);
+    int vectors = in_vectors(count, group);
     for (long g = 0; g < groups; g++) {
         long i = g * group, end = MIN(i + group, count);
-        if (in_vectors(count, group))
-            for (; i < end; i += 16) *(loose16 *)(out + i) = from_bytes16(codes + i) * step[g] + offset[g];
-        for (; i < end; i++) out[i] = (float)codes[i] * step[g] + offset[g];
+        float unit = decode_unit(from.exponents[g / UNIT_GROUPS]), offset = from.lows[g] * unit;
+        float step = (float)(from.highs[g] - from.lows[g]) * unit / top;
+        if (vectors)
+            for (; i < end; i += 16) *(loose16 *)(out + i) = from_bytes16(codes + i) * step + offset;
+        else
+            for (; i < end; i++) out[i] = (float)codes[i] * step + offset;
     }
 }
 
-/* Rows of codes in groups. */
+/* Rows of codes in groups, which are taken in chunks of CHUNK groups. */
 typedef struct {
     const uint8_t *packed, *scales;
-    long count, width, groups, stride, group, span; /* of a row: values, bytes, groups, bytes of scales; values of a chunk */
+    long count, width, groups, stride, chunks; /* of a row: values, bytes, groups, bytes of scales, chunks */
+    long group, span;                          /* values of a group, of a chunk */
     int bits;
 } Rows;
 
 static Rows coded_rows(const uint8_t *packed, const uint8_t *scales, long count, int bits, long group) {
     long groups = (count + group - 1) / group, chunks = (groups + CHUNK - 1) / CHUNK;
-    return (Rows){packed, scales, count, packed_width(count, bits), groups, scales_width(groups), group,
-                  chunks > 1 ? CHUNK * group : count, bits};
+    return (Rows){packed, scales, count, packed_width(count, bits), groups, scales_width(groups), chunks,
+                  group, chunks > 1 ? CHUNK * group : count, bits};
 }
-
-static inline long chunks_of(const Rows *rows) { return (rows->count + rows->span - 1) / rows->span; }
 
 /* Decode chunk `chunk` of row `row`; the number of its values. There shall be room for PAD16(span) values and codes. */
 static long decode_part(const Rows *rows, long row, long chunk, uint8_t *codes, float *values) {
-    long start = chunk * rows->span, n = MIN(rows->span, rows->count - start);
+    long start = chunk * rows->span, n = MIN(rows->span, rows->count - start), first = chunk * CHUNK;
     unpack_run(rows->packed + row * rows->width, rows->count, rows->bits, start, n, codes);
-    decode_chunk(codes, scales_from(rows->scales + row * rows->stride, rows->groups, chunk * CHUNK), n, rows->bits,
-                 rows->group, values);
+    decode_chunk(codes, scales_from(rows->scales + row * rows->stride, rows->groups, first), n, rows->bits,
+                 rows->group, MIN(CHUNK, rows->groups - first), values);
     return n;
 }
 
 static void decode_row(const Rows *rows, long row, uint8_t *codes, float *values) {
-    for (long chunk = 0; chunk < chunks_of(rows); chunk++) decode_part(rows, row, chunk, codes, values + chunk * rows->span);
+    for (long chunk = 0; chunk < rows->chunks; chunk++) decode_part(rows, row, chunk, codes, values + chunk * rows->span);
 }
 
 /* Code and pack row `row`, of which there is `values`, with room as `encode_chunk` wants it. */
 static void encode_row(const Rows *rows, long row, float *values, const int64_t *seed, uint8_t *codes) {
     long count = rows->count;
-    for (long i = count; i < count + 15; i++) values[i] = values[count - 1];
-    for (long chunk = 0; chunk < chunks_of(rows); chunk++) {
-        long start = chunk * rows->span;
-        encode_chunk(values + start, MIN(rows->span, count - start), rows->bits, rows->group, seed,
-                     (uint32_t)(row * count + start),
-                     scales_from(rows->scales + row * rows->stride, rows->groups, chunk * CHUNK), codes + start);
+    *(loose16 *)(values + count) = (vector16){0} + values[count - 1];
+    for (long chunk = 0; chunk < rows->chunks; chunk++) {
+        long start = chunk * rows->span, first = chunk * CHUNK;
+        encode_chunk(values + start, MIN(rows->span, count - start), rows->bits, rows->group,
+                     MIN(CHUNK, rows->groups - first), seed, (uint32_t)(row * count + start),
+                     scales_from(rows->scales + row * rows->stride, rows->groups, first), codes + start);
     }
     pack_row(codes, count, rows->bits, (uint8_t *)rows->packed + row * rows->width);
 }
@@ -494,6 +495,17 @@ EXPORT long attention_workspace(long length, long keys, long dim, long value_dim
     return length * e + 2 * keys * e + keys * ev + (dim + value_dim) * s + rows * (2 * s + e + ev) + PAD16(e + ev);
 }
 
+/* codes[i] = table[number of edges below x[i]]: a binary search among 2 * widest - 1 edges, in registers. */
+INLINE void search16(const float *x, long n, const vector16 *edges, const index16 *table, int widest, uint8_t *codes) {
+    for (long i = 0; i < n; i += 16) {
+        vector16 v = *(const loose16 *)(x + i);
+        index16 below = {0};
+        for (int step = widest; step; step /= 2)
+            below += (v > __builtin_shuffle(edges[0], edges[1], below + (step - 1))) & step;
+        to_bytes16(__builtin_shuffle(table[0], table[1], below), codes + i);
+    }
+}
+
 #define T float
 #define SUFFIX float32
 #define LOAD(x) (x)
@@ -531,10 +543,12 @@ EXPORT long attention_workspace(long length, long keys, long dim, long value_dim
 /* codes[i] = first + sum of the deltas of all thresholds below x[i] */
 static void NAME(step_codes)(const T *x, long n, const float *thresholds, const int32_t *deltas, int count, int first,
                              uint8_t *codes) {
-    float values[BLOCK];
+    float loaded[BLOCK];
+    const float *values = sizeof(T) == sizeof(float) ? (const float *)x : loaded;
     int32_t sums[BLOCK];
     long i = 0;
-    for (long k = 0; k < n; k++) values[k] = LOAD(x[k]);
+    if (values == loaded)
+        for (long k = 0; k < n; k++) loaded[k] = LOAD(x[k]);
 #ifdef __AVX512F__ /* a binary search in registers: up to 31 thresholds fit into two */
     if (count < 32) {
         vector16 edges[2];
@@ -544,13 +558,9 @@ static void NAME(step_codes)(const T *x, long n, const float *thresholds, const 
             table[t / 16][t % 16] = code;
             code += t < count ? deltas[t] : 0;
         }
-        for (; i + 16 <= n; i += 16) {
-            vector16 v = *(loose16 *)(values + i);
-            index16 below = {0};
-            for (int step = 16; step; step /= 2)
-                below += (v > __builtin_shuffle(edges[0], edges[1], below + (step - 1))) & step;
-            to_bytes16(__builtin_shuffle(table[0], table[1], below), codes + i);
-        }
+        i = n / 16 * 16;
+        if (count < 2) search16(values, i, edges, table, 1, codes); /* masks */
+        else search16(values, i, edges, table, 16, codes);
     }
 #endif
     for (long k = i; k < n; k++) sums[k] = first;
@@ -665,7 +675,7 @@ EXPORT void NAME(encode_rows)(const T *x, long rows, long count, int mode, float
 EXPORT void NAME(decode_rows)(const uint8_t *packed, const uint8_t *scales, long rows, long count, int bits, long group,
                               T *out, int threads) {
     Rows coded = coded_rows(packed, scales, count, bits, group);
-    long chunks = chunks_of(&coded);
+    long chunks = coded.chunks;
 #pragma omp parallel num_threads(threads)
     {
         float *values = malloc(PAD16(coded.span) * (sizeof(float) + 1));
@@ -727,7 +737,7 @@ EXPORT void NAME(norm_backward)(const T *grad, const uint8_t *packed, const uint
 EXPORT void NAME(channel_sums)(const T *grad, const uint8_t *packed, const uint8_t *scales, long rows, long channels,
                                long size, int bits, long group, float *sums, int threads) {
     Rows coded = coded_rows(packed, scales, channels * size, bits, group);
-    long chunks = chunks_of(&coded), share = (rows * chunks + threads - 1) / threads;
+    long chunks = coded.chunks, share = (rows * chunks + threads - 1) / threads;
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int thread = 0; thread < threads; thread++) {
         float *values = malloc(PAD16(coded.span) * (sizeof(float) + 1)), *total = sums + 2 * thread * channels;
@@ -751,7 +761,7 @@ EXPORT void NAME(channel_gradient)(const T *grad, const uint8_t *packed, const u
                                    const float *scale, long rows, long channels, long size, int bits, long group, T *d_x,
                                    int threads) {
     Rows coded = coded_rows(packed, scales, channels * size, bits, group);
-    long chunks = chunks_of(&coded);
+    long chunks = coded.chunks;
 #pragma omp parallel num_threads(threads)
     {
         float *values = malloc(PAD16(coded.span) * (sizeof(float) + 1));
@@ -801,7 +811,7 @@ EXPORT void NAME(gated_backward)(const T *grad, const Coded *gate, const Coded *
                                  long count, int bits, long group, T *d_gate, T *d_up, int threads) {
     Rows gates = coded_rows(gate->packed, gate->scales, count, bits, group);
     Rows ups = coded_rows(up->packed, up->scales, count, bits, group);
-    long chunks = chunks_of(&gates), room = PAD16(gates.span);
+    long chunks = gates.chunks, room = PAD16(gates.span);
 #pragma omp parallel num_threads(threads)
     {
         float *x = malloc(room * (2 * sizeof(float) + 1)), *y = x + room;
@@ -861,7 +871,7 @@ EXPORT void NAME(max_pool2d)(const T *x, const Pool *pool, long planes, T *y, ui
                 }
             }
             for (long i = 0; i < width; i++)
-                y[line * width + i] = STORE(best[i]), codes[line * width + i] = (uint8_t)places[i];
+                y[line * width + i] = STORE(best[i]), codes[line * width + i] = (uint8_t)(places[i] < 0 ? 0 : places[i]);
         }
         free(best);
     }
@@ -870,7 +880,7 @@ EXPORT void NAME(max_pool2d)(const T *x, const Pool *pool, long planes, T *y, ui
 EXPORT void NAME(max_pool2d_backward)(const T *grad, const uint8_t *packed, const Pool *pool, long planes, int bits, T *d_x,
                                       int threads) {
     long height = pool->results[0], width = pool->results[1], count = height * width;
-    long offsets[256];
+    long size = pool->inputs[0] * pool->inputs[1], offsets[256];
     for (long k = 0; k < 256; k++)
         offsets[k] = k / pool->kernel[1] * pool->dilation[0] * pool->inputs[1] + k % pool->kernel[1] * pool->dilation[1];
 #pragma omp parallel num_threads(threads)
@@ -878,15 +888,16 @@ EXPORT void NAME(max_pool2d_backward)(const T *grad, const uint8_t *packed, cons
         uint8_t *codes = malloc(count);
 #pragma omp for schedule(static)
         for (long plane = 0; plane < planes; plane++) {
-            T *to = d_x + plane * pool->inputs[0] * pool->inputs[1];
+            T *to = d_x + plane * size;
             unpack_run(packed, planes * count, bits, plane * count, count, codes);
-            memset(to, 0, pool->inputs[0] * pool->inputs[1] * sizeof(T));
+            memset(to, 0, size * sizeof(T));
             for (long i = 0; i < height; i++) {
                 long top = i * pool->stride[0] - pool->padding[0];
                 for (long j = 0; j < width; j++) {
                     long left = j * pool->stride[1] - pool->padding[1], at = i * width + j;
-                    T *target = to + top * pool->inputs[1] + left + offsets[codes[at]];
-                    *target = STORE(LOAD(*target) + LOAD(grad[plane * count + at]));
+                    long target = top * pool->inputs[1] + left + offsets[codes[at]];
+                    if (target < 0 || target >= size) continue; /* the window stepped over the input */
+                    to[target] = STORE(LOAD(to[target]) + LOAD(grad[plane * count + at]));
                 }
             }
         }
