@@ -3,15 +3,15 @@
     python benchmarks/accuracy.py CACHE                       # setting "full": for a GPU
     python benchmarks/accuracy.py CACHE --setting medium      # an hour on two CPU cores
 
-A real backbone, DINOv2-small (`dinov2.py` puts it into CACHE), is fine-tuned on a few Fashion-MNIST images and on scikit-learn's
-handwritten digits. All methods get the same images, batches, epochs, optimizer (AdamW, no weight decay) and schedule (one
-cycle), and as many learning rates to choose from: `FACTORS` times the family's usual one, compared on validation images with a
-seed that is not used again. Variants that differ only in what is kept for backward share one rate, searched in full
-precision. The linear probe trains on features that are computed once.
+A real backbone, DINOv2-small (`dinov2.py` puts it into CACHE), is fine-tuned on a few Fashion-MNIST images and on
+scikit-learn's handwritten digits. All methods get the same images, batches, epochs, optimizer (AdamW, no weight decay)
+and schedule (one cycle), and as many learning rates to choose from: `FACTORS` times the family's usual one, compared
+on validation images with a seed that is not used again. Variants that differ only in what is kept for backward share
+one rate, searched in full precision. The linear probe trains on features that are computed once.
 
-Test accuracy is given as mean and standard deviation over seeds (head, adapter, order of the images); memory is that of
-`peft_s2a.profile_memory` at the same image and batch size. The result file is written after every run, and a run that was cut
-short goes on from there.
+Test accuracy is given as mean and standard deviation over seeds (head, adapter, order of the images); memory is that
+of `peft_s2a.profile_memory` at the same image and batch size. The result file is written after every run, and a run
+that was cut short goes on from there.
 
 Writes `benchmarks/results/accuracy-<setting>-<device>.json`, and beside it a plot (.png) of accuracy over memory.
 """
@@ -402,8 +402,8 @@ def mean_and_deviation(values: list[float]) -> tuple[float, float]:
 def cost_of_quantisation(result: dict[str, Any], dataset: str, method: str = "S2A") -> dict[str, float] | None:
     """What 4 bits change in points of accuracy, by pairs of runs with equal seeds; None without such pairs.
 
-    ``difference`` is the mean over pairs, ``standard_error`` its standard error, and ``seed_noise`` the standard deviation over
-    seeds of the runs in full precision.
+    ``difference`` is the mean over pairs, ``standard_error`` its standard error, and ``seed_noise`` the standard
+    deviation over seeds of the runs in full precision.
     """
     ours, exact = (accuracies(result, dataset, name) for name in (method, f"{method}, full precision"))
     if len(seeds := sorted(ours.keys() & exact.keys())) < 2:

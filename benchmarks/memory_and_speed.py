@@ -1,18 +1,20 @@
-"""What a training step takes in memory and time: S2A, what a user could pick instead, and S2A without each of its tricks.
+"""What a training step takes in memory and time: S2A, what a user could pick instead, and S2A without each of its
+tricks.
 
     python benchmarks/memory_and_speed.py                          # ViT-B/16, Swin-T, ResNet-50 at batch 8, fp32
     python benchmarks/memory_and_speed.py vit-b --rounds 3         # only one of them
     python benchmarks/memory_and_speed.py --preset full            # eight backbones, all of PEFT's methods, on a GPU
 
-Models have random weights from their configurations, 100 labels, 224 x 224 images. All methods of a backbone live in one process
-and take their steps in turn, so that a machine that slows down hits all alike. What is measured, by
+Models have random weights from their configurations, 100 labels, 224 x 224 images. All methods of a backbone live in
+one process and take their steps in turn, so that a machine that slows down hits all alike. What is measured, by
 `peft_s2a.profile_memory`:
 
 saved   bytes autograd keeps for backward (unique storages, parameters and buffers excluded), per image
 peak    highest live bytes during a training step, above parameters, optimiser state and batch
 
-and step, the median seconds of a training step with AdamW, with its smallest and largest value. Methods that a backbone or PEFT
-does not support are listed with the reason. Growth with batch size, tokens and blocks is a line fitted to a few points.
+and step, the median seconds of a training step with AdamW, with its smallest and largest value. Methods that a
+backbone or PEFT does not support are listed with the reason. Growth with batch size, tokens and blocks is a line
+fitted to a few points.
 
 Writes `benchmarks/results/memory_and_speed-<preset>-<device>.json`, and beside it a plot (.png).
 """
@@ -324,7 +326,8 @@ AXES: dict[str, Callable[[dict[str, Any]], int]] = {
 
 
 def slopes(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Lines through the rows that differ along one axis: bytes and seconds for each image, token (of every image) or block."""
+    """Lines through the rows that differ along one axis: bytes and seconds for each image, token (of every image) or
+    block."""
     found = []
     for axis, position in AXES.items():
         along = [row for row in rows if row["axis"] == axis and "skipped" not in row]

@@ -1,9 +1,9 @@
 """Operators that keep b-bit codes for backward instead of full-precision tensors.
 
-Each computes the stock operator's result with the stock operator, keeps codes of what its *derivative* needs, and only does so
-when autograd records and some input needs them; otherwise it is the stock call. Everything kept goes through
-``ctx.save_for_backward``, so saved-tensor hooks, ``save_on_cpu`` and activation checkpointing see it. Double backward is
-refused.
+Each computes the stock operator's result with the stock operator, keeps codes of what its *derivative* needs, and only
+does so when autograd records and some input needs them; otherwise it is the stock call. Everything kept goes through
+``ctx.save_for_backward``, so saved-tensor hooks, ``save_on_cpu`` and activation checkpointing see it. Double backward
+is refused.
 """
 
 import math
@@ -76,8 +76,8 @@ def _recording(*tensors: Tensor | None) -> bool:
 def _refuse_double_backward() -> None:
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "double backward (create_graph=True) through quantised activations is not supported: their derivatives are kept "
-            "as codes; use restore_activations(model) before taking higher-order gradients"
+            "double backward (create_graph=True) through quantised activations is not supported: their derivatives "
+            "are kept as codes; use restore_activations(model) before taking higher-order gradients"
         )
 
 
@@ -138,18 +138,21 @@ class _Activation(torch.autograd.Function):
 def activation(
     x: Tensor, name: str, *, quantizer: Quantizer, inplace: bool = False, overwrite: bool = False, **params: float
 ) -> Tensor:
-    """Activation function ``name`` of ``x``; keeps ``quantizer.bits`` bits a value (1 bit, exact, if piecewise linear).
+    """Activation function ``name`` of ``x``; keeps ``quantizer.bits`` bits a value (1 bit, exact, if piecewise
+    linear).
 
     Args:
         x: any shape, floating.
         name: a key of `activation_functions.ACTIVATION_FUNCTIONS`.
-        inplace: write the result over ``x``. Only where nothing else reads ``x``; autograd raises if its old value was kept.
-            Functions without an in-place form ignore it.
-        overwrite: the caller promises that nobody reads ``x`` any more: its memory is used for the result, which is a tensor of
-            its own to autograd. Unlike ``inplace`` this costs nothing where ``x`` is a view, as linear layers' results are.
+        inplace: write the result over ``x``. Only where nothing else reads ``x``; autograd raises if its old value was
+            kept. Functions without an in-place form ignore it.
+        overwrite: the caller promises that nobody reads ``x`` any more: its memory is used for the result, which is a
+            tensor of its own to autograd. Unlike ``inplace`` this costs nothing where ``x`` is a view, as linear
+            layers' results are.
         params: the function's own parameters (``negative_slope``, ``alpha``, ...).
 
-    Source: derivative codes as in S2A (arXiv:2503.08154) and fewbit (Novikov et al. 2022); see `levels` for the tables.
+    Source: derivative codes as in S2A (arXiv:2503.08154) and fewbit (Novikov et al. 2022); see `levels` for the
+    tables.
     """
     function = activation_function(name)
     inplace = inplace and function.forward_ is not None
@@ -234,10 +237,12 @@ def layer_norm(
 ) -> Tensor:
     """`torch.nn.functional.layer_norm`; keeps b-bit normalised values and one reciprocal deviation a row.
 
-    With 64 rows or more, the columns of the normalised values are standardised and each row shares one scale; with fewer rows
-    there is a scale for every ``quantizer.group_size`` values. Our choice, for the outlying channels of transformers.
+    With 64 rows or more, the columns of the normalised values are standardised and each row shares one scale; with
+    fewer rows there is a scale for every ``quantizer.group_size`` values. Our choice, for the outlying channels of
+    transformers.
 
-    Args: as the stock function. The gradients of ``weight`` and ``bias`` are computed from the codes when they are wanted.
+    Args: as the stock function. The gradients of ``weight`` and ``bias`` are computed from the codes when they are
+    wanted.
     """
     if not _recording(x, weight, bias):
         return F.layer_norm(x, normalized_shape, weight, bias, eps)
@@ -262,8 +267,8 @@ _last_query = threading.local()
 
 
 def _encode_query(query: Tensor, quantizer: Quantizer) -> list[Tensor]:
-    """Codes of ``query`` (``[B, H, N, D]``) with its token mean; those made last, while they are kept and if they were made of the
-    same memory. So the attention of a layer and the prompts it attends to beside keep one set of codes."""
+    """Codes of ``query`` (``[B, H, N, D]``) with its token mean; those made last, while they are kept and if they were
+    made of the same memory. So the attention of a layer and the prompts it attends to beside keep one set of codes."""
     settings = quantizer.bits, quantizer.group_size, quantizer.center_attention, True
     if torch.compiler.is_compiling() or quantizer.rounding != "nearest":
         return list(ops.encode_heads(query, *settings, quantizer.draw_seed(), quantizer.backend))
@@ -285,8 +290,9 @@ class _Attention(torch.autograd.Function):
         # the random stream is kept, not the mask: backward draws the same mask again
         random_state = _random_state(query.device) if dropout_p else None
         out = F.scaled_dot_product_attention(query, key, value, mask, dropout_p, is_causal, scale=scale)
-        # A constant added to all keys, or to all values, cancels in dS = P * (dP - rowsum(P * dP)), in dQ = dS K (the rows of
-        # dS sum to zero) and in P: only the query's mean has to be kept. With dropout the values' does not cancel.
+        # A constant added to all keys, or to all values, cancels in dS = P * (dP - rowsum(P * dP)), in dQ = dS K (the
+        # rows of dS sum to zero) and in P: only the query's mean has to be kept. With dropout the values' does not
+        # cancel.
         codes = [
             _encode_query(_with_heads(query), quantizer),
             *(
@@ -346,8 +352,8 @@ class _Attention(torch.autograd.Function):
 
 
 def _kept_mask(mask: Tensor | None) -> tuple[tuple[Tensor | None, Tensor | None], torch.Size | None]:
-    """(what is kept of an attention mask, its two values) and its shape: one bit a value for an additive mask of samples or windows,
-    equal for all heads, that has two values; the mask itself otherwise."""
+    """(what is kept of an attention mask, its two values) and its shape: one bit a value for an additive mask of
+    samples or windows, equal for all heads, that has two values; the mask itself otherwise."""
     if mask is None or mask.requires_grad or mask.dim() != 4 or not mask.shape[0] > mask.shape[1] == 1:
         return (mask, None), None
     if mask.dtype == torch.bool or torch.compiler.is_compiling():
@@ -370,7 +376,8 @@ def _random_state(device: torch.device) -> Tensor:
 
 
 def _replay(ctx, grad: Tensor, codes: list[Tensor], mask: Tensor | None, random_state: Tensor) -> list[Tensor | None]:
-    """Gradients of attention with dropout: the stock operator again, whole, on the decoded tensors and the same mask."""
+    """Gradients of attention with dropout: the stock operator again, whole, on the decoded tensors and the same
+    mask."""
     inputs = []
     for which, (shape, dtype) in enumerate(zip(ctx.shapes, ctx.dtypes)):
         packed, scales, mean = codes[3 * which : 3 * which + 3]
@@ -407,19 +414,19 @@ def scaled_dot_product_attention(
     quantizer: Quantizer,
     mask_terms: tuple[Tensor, Tensor | None] | None = None,
 ) -> Tensor:
-    """`torch.nn.functional.scaled_dot_product_attention`; keeps b-bit queries, keys and values and recomputes the rest in
-    backward, a few samples, heads or query rows at a time. Nothing of size L x S is kept; the mask is kept as a reference.
+    """`torch.nn.functional.scaled_dot_product_attention`; keeps b-bit queries, keys and values and recomputes the rest
+    in backward, a few samples, heads or query rows at a time. Nothing of size L x S is kept; the mask is kept as a
+    reference.
 
-    Args: as the stock function, without grouped-query head counts. An additive ``attn_mask`` that needs a gradient gets one.
-    ``mask_terms`` are one or two tensors whose sum is ``attn_mask`` up to rounding (which then needs no gradient), kept in its
-    place: a position bias for every head and a mask for every window take far less room than their sum.
-    Dropout is replayed in backward from the kept state of the random generator, in one piece.
-    With five or more dimensions, or batch dimensions that broadcast against each other, this is the stock call in full
-    precision.
+    Args: as the stock function, without grouped-query head counts. An additive ``attn_mask`` that needs a gradient
+    gets one. ``mask_terms`` are one or two tensors whose sum is ``attn_mask`` up to rounding (which then needs no
+    gradient), kept in its place: a position bias for every head and a mask for every window take far less room than
+    their sum. Dropout is replayed in backward from the kept state of the random generator, in one piece. With five or
+    more dimensions, or batch dimensions that broadcast against each other, this is the stock call in full precision.
 
-    The token mean subtracted from queries, keys and values before coding is exact for any constant (see the derivation in
-    the code) and removes the outlying channels that a shared scale would spend its codes on, as in SageAttention's smoothing
-    of keys (Zhang et al. 2024).
+    The token mean subtracted from queries, keys and values before coding is exact for any constant (see the derivation
+    in the code) and removes the outlying channels that a shared scale would spend its codes on, as in SageAttention's
+    smoothing of keys (Zhang et al. 2024).
     """
     tensors = (query, key, value)
     batched = query.dim() <= 4 and len({x.shape[:-2] for x in tensors}) == 1
@@ -490,7 +497,8 @@ class _GatedActivation(torch.autograd.Function):
 
 
 def gated_activation(gate: Tensor, up: Tensor, name: str, *, quantizer: Quantizer, **params: float) -> Tensor:
-    """``f(gate) * up`` of gated MLPs (SwiGLU, GEGLU: Shazeer 2020), two tensors of one shape; keeps b-bit codes of both.
+    """``f(gate) * up`` of gated MLPs (SwiGLU, GEGLU: Shazeer 2020), two tensors of one shape; keeps b-bit codes of
+    both.
 
     d gate = dy up f'(gate), d up = dy f(gate), with the decoded factors. Factors that broadcast run in full precision.
     """
@@ -617,8 +625,8 @@ def batch_norm(
 ) -> Tensor:
     """`torch.nn.functional.batch_norm`.
 
-    With live statistics (``training``, or no running ones) keeps b-bit normalised values; with frozen statistics one number a
-    channel, and the codes only if ``weight`` is trained.
+    With live statistics (``training``, or no running ones) keeps b-bit normalised values; with frozen statistics one
+    number a channel, and the codes only if ``weight`` is trained.
     """
     live = training or running_mean is None
     refused = live and x.numel() == x.shape[1]  # one value a channel
@@ -657,7 +665,8 @@ def max_pool2d(
     *,
     quantizer: Quantizer,
 ) -> Tensor:
-    """`torch.nn.functional.max_pool2d`, exactly; keeps each maximum's place in its window, 2 bits for 2 x 2, 4 for 3 x 3.
+    """`torch.nn.functional.max_pool2d`, exactly; keeps each maximum's place in its window, 2 bits for 2 x 2, 4 for 3 x
+    3.
 
     Windows of more than 256 places run in full precision.
     """
@@ -709,8 +718,8 @@ class _DropPath(torch.autograd.Function):
 
 
 def drop_path(x: Tensor, p: float = 0.0, training: bool = True) -> Tensor:
-    """Stochastic depth (Huang et al. 2016): drops whole samples (first dimension), as the DropPath modules of `transformers`
-    do, with the same random numbers; keeps one bit a sample."""
+    """Stochastic depth (Huang et al. 2016): drops whole samples (first dimension), as the DropPath modules of
+    `transformers` do, with the same random numbers; keeps one bit a sample."""
     if not training or p == 0:
         return x
     return _DropPath.apply(x, p)
@@ -745,7 +754,8 @@ class _Linear(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, quantizer: Quantizer) -> Tensor:
-    """`torch.nn.functional.linear` whose trained weight (``[out, in]``) keeps b-bit inputs: dW = dy^T x with the decoded x."""
+    """`torch.nn.functional.linear` whose trained weight (``[out, in]``) keeps b-bit inputs: dW = dy^T x with the
+    decoded x."""
     if not _recording(x, weight, bias) or x.numel() == 0 or weight.dim() != 2:
         return F.linear(x, weight, bias)
     return _Linear.apply(x, weight, bias, quantizer)
@@ -790,7 +800,8 @@ def conv2d(
     *,
     quantizer: Quantizer,
 ) -> Tensor:
-    """`torch.nn.functional.conv2d` (input ``[B, C, H, W]``, padding in numbers) whose trained weight keeps b-bit inputs."""
+    """`torch.nn.functional.conv2d` (input ``[B, C, H, W]``, padding in numbers) whose trained weight keeps b-bit
+    inputs."""
     if not _recording(x, weight, bias) or x.numel() == 0 or x.dim() != 4 or isinstance(padding, str):
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     return _Conv2d.apply(x, weight, bias, _pair(stride), _pair(padding), _pair(dilation), groups, quantizer)

@@ -1,8 +1,8 @@
 """The ops of this package, declared once: schema, shapes for fake tensors, dispatch to a backend.
 
-They know tensors and codes, not modules and not autograd; `functional` builds differentiable functions on them. All are
-pure. ``R`` and ``C`` are rows and row length, ``W`` is ``codec.packed_width(C, bits)``; ``seed`` is a 0-dim int64 CPU tensor,
-drawn for stochastic rounding, or None for rounding to nearest.
+They know tensors and codes, not modules and not autograd; `functional` builds differentiable functions on them. All
+are pure. ``R`` and ``C`` are rows and row length, ``W`` is ``codec.packed_width(C, bits)``; ``seed`` is a 0-dim int64
+CPU tensor, drawn for stochastic rounding, or None for rounding to nearest.
 """
 
 import torch
@@ -14,8 +14,8 @@ from .codec import math_dtype, packed_width, scales_width
 
 
 def _op(schema: str):
-    """Declare ``s2a::schema`` with the decorated function as its implementation for every device. The implementation is
-    given all arguments but ``backend`` (the last), resolves the backend by it, and passes them on."""
+    """Declare ``s2a::schema`` with the decorated function as its implementation for every device. The implementation
+    is given all arguments but ``backend`` (the last), resolves the backend by it, and passes them on."""
 
     def declare(fake):
         name = fake.__name__
@@ -40,7 +40,8 @@ def _groups_like(x: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]
 
 @_op("(Tensor x, float[] thresholds, int[] codes, int bits, str backend) -> Tensor")
 def encode_steps(x, thresholds, codes, bits, backend):
-    """Code every value of ``x`` (1-D, floating) as ``codes[number of thresholds below it]``: uint8 ``[W]``, one row."""
+    """Code every value of ``x`` (1-D, floating) as ``codes[number of thresholds below it]``: uint8 ``[W]``, one
+    row."""
     return x.new_empty(packed_width(x.shape[0], bits), dtype=torch.uint8)
 
 
@@ -86,16 +87,17 @@ def decode_groups(packed, scales, bits, group_size, count, dtype, backend):
 )
 def encode_norm(x, eps, center, by_column, bits, group_size, seed, backend):
     """Code the normalised rows of ``x`` (``[R, C]``): ``(x - mean) * rstd`` with ``center`` (LayerNorm), ``x * rstd``
-    without (RMSNorm); ``by_column``: with standardised columns, see `codec.column_statistics`. Returns codes and scales as
-    `encode_groups`, ``rstd`` (``[R]``, float32 or float64) and the columns' statistics (empty without ``by_column``)."""
+    without (RMSNorm); ``by_column``: with standardised columns, see `codec.column_statistics`. Returns codes and
+    scales as `encode_groups`, ``rstd`` (``[R]``, float32 or float64) and the columns' statistics (empty without
+    ``by_column``)."""
     packed, scales = _groups_like(x, bits, group_size)
     columns = x.new_empty((2, x.shape[1]) if by_column else (0,), dtype=torch.bfloat16)
     return packed, scales, x.new_empty(x.shape[0], dtype=math_dtype(x.dtype)), columns
 
 
 @_op(
-    "(Tensor grad, Tensor packed, Tensor scales, Tensor rstd, Tensor columns, Tensor? weight, bool center, int bits, int group_size,"
-    " bool[] wanted, str backend) -> (Tensor, Tensor, Tensor)"
+    "(Tensor grad, Tensor packed, Tensor scales, Tensor rstd, Tensor columns, Tensor? weight, bool center, int bits, "
+    "int group_size, bool[] wanted, str backend) -> (Tensor, Tensor, Tensor)"
 )
 def norm_backward(grad, packed, scales, rstd, columns, weight, center, bits, group_size, wanted, backend):
     """Gradients of a row normalisation from `encode_norm`'s codes and ``grad`` (``[R, C]``) for the input (dtype of
@@ -110,12 +112,13 @@ def norm_backward(grad, packed, scales, rstd, columns, weight, center, bits, gro
 
 
 @_op(
-    "(Tensor grad, Tensor packed, Tensor scales, Tensor rstd, Tensor? weight, bool live, int bits, int group_size, bool[] wanted,"
-    " str backend) -> (Tensor, Tensor, Tensor)"
+    "(Tensor grad, Tensor packed, Tensor scales, Tensor rstd, Tensor? weight, bool live, int bits, int group_size, "
+    "bool[] wanted, str backend) -> (Tensor, Tensor, Tensor)"
 )
 def batch_norm_backward(grad, packed, scales, rstd, weight, live, bits, group_size, wanted, backend):
-    """Gradients of a batch normalisation from `encode_channels`' codes and ``grad`` (``[B, C, M]``) for the input (dtype of ``grad``),
-    the weight and the bias (``[C]``, float32 or float64); those not ``wanted`` are empty. ``live``: the statistics are the batch's."""
+    """Gradients of a batch normalisation from `encode_channels`' codes and ``grad`` (``[B, C, M]``) for the input
+    (dtype of ``grad``), the weight and the bias (``[C]``, float32 or float64); those not ``wanted`` are empty.
+    ``live``: the statistics are the batch's."""
     dtype = math_dtype(grad.dtype)
     return (
         torch.empty_like(grad, memory_format=torch.contiguous_format) if wanted[0] else grad.new_empty(0),
@@ -126,17 +129,18 @@ def batch_norm_backward(grad, packed, scales, rstd, weight, live, bits, group_si
 
 @_op("(Tensor grad, Tensor packed, Tensor scales, int bits, int group_size, str backend) -> Tensor")
 def softmax_backward(grad, packed, scales, bits, group_size, backend):
-    """Gradient of softmax over rows from `encode_roots`' codes of its results, scaled to sum to one, and ``grad`` (``[R, C]``)."""
+    """Gradient of softmax over rows from `encode_roots`' codes of its results, scaled to sum to one, and ``grad``
+    (``[R, C]``)."""
     return torch.empty_like(grad, memory_format=torch.contiguous_format)
 
 
 @_op(
-    "(Tensor grad, Tensor[] gate, Tensor[] up, str name, str[] keys, float[] values, int bits, int group_size, str backend)"
-    " -> (Tensor, Tensor)"
+    "(Tensor grad, Tensor[] gate, Tensor[] up, str name, str[] keys, float[] values, int bits, int group_size, str "
+    "backend) -> (Tensor, Tensor)"
 )
 def gated_backward(grad, gate, up, name, keys, values, bits, group_size, backend):
-    """Gradients of ``f(gate) * up`` (dtype of ``grad``, ``[R, C]``) from `encode_groups`' results for both; ``f`` is activation
-    function ``name`` with the parameters ``keys`` and their ``values``."""
+    """Gradients of ``f(gate) * up`` (dtype of ``grad``, ``[R, C]``) from `encode_groups`' results for both; ``f`` is
+    activation function ``name`` with the parameters ``keys`` and their ``values``."""
     return tuple(torch.empty_like(grad, memory_format=torch.contiguous_format) for _ in range(2))
 
 
@@ -145,15 +149,15 @@ def gated_backward(grad, gate, up, name, keys, values, bits, group_size, backend
     " -> (Tensor, Tensor)"
 )
 def max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode, bits, backend):
-    """`torch.nn.functional.max_pool2d` (``[..., H, W]``) and the place of each maximum in its window, row by row, as codes: uint8
-    ``[W]``, one row."""
+    """`torch.nn.functional.max_pool2d` (``[..., H, W]``) and the place of each maximum in its window, row by row, as
+    codes: uint8 ``[W]``, one row."""
     y = F.max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode)
     return y, x.new_empty(packed_width(y.numel(), bits), dtype=torch.uint8)
 
 
 @_op(
-    "(Tensor grad, Tensor packed, int[] kernel_size, int[] stride, int[] padding, int[] dilation, SymInt height, SymInt width,"
-    " int bits, str backend) -> Tensor"
+    "(Tensor grad, Tensor packed, int[] kernel_size, int[] stride, int[] padding, int[] dilation, SymInt height, "
+    "SymInt width, int bits, str backend) -> Tensor"
 )
 def max_pool2d_backward(grad, packed, kernel_size, stride, padding, dilation, height, width, bits, backend):
     """Gradient of `max_pool2d` for inputs of ``height`` and ``width``, from its codes."""
@@ -165,7 +169,8 @@ def max_pool2d_backward(grad, packed, kernel_size, stride, padding, dilation, he
     " -> (Tensor, Tensor, Tensor)"
 )
 def encode_heads(x, bits, group_size, center, keep_mean, seed, backend):
-    """Code the last dimension of ``x`` (``[B, H, N, D]``, any strides) in groups, minus its mean over N with ``center``.
+    """Code the last dimension of ``x`` (``[B, H, N, D]``, any strides) in groups, minus its mean over N with
+    ``center``.
 
     Returns uint8 ``[B, H, N, W]`` and ``[B, H, N, scales_width]`` and the mean as it was subtracted, bfloat16
     ``[B, H, 1, D]`` (empty unless ``keep_mean`` and ``center``)."""
@@ -182,8 +187,8 @@ def encode_heads(x, bits, group_size, center, keep_mean, seed, backend):
     " int group_size, SymInt dim, bool mask_wanted, str backend) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 def attention_backward(grad, query, key, value, mask, is_causal, scale, bits, group_size, dim, mask_wanted, backend):
-    """Gradients of attention for query, key, value and mask, see `backends.attention`; ``query``, ``key`` and ``value`` are
-    the three results of `encode_heads`, ``dim`` the query's head size."""
+    """Gradients of attention for query, key, value and mask, see `backends.attention`; ``query``, ``key`` and
+    ``value`` are the three results of `encode_heads`, ``dim`` the query's head size."""
     d_q, d_k, d_v = (
         grad.new_empty(parts[0].shape[0], parts[0].shape[2], parts[0].shape[1], d).transpose(1, 2)
         for parts, d in ((query, dim), (key, dim), (value, grad.shape[3]))
@@ -193,8 +198,9 @@ def attention_backward(grad, query, key, value, mask, is_causal, scale, bits, gr
 
 @_op("(Tensor attended, Tensor query, Tensor key, Tensor value, float scale, str backend) -> Tensor")
 def prompt_attention(attended, query, key, value, scale, backend):
-    """``attended + softmax(scale query key^T) value``: ``attended`` is ``[B, N, H * Ev]``, ``query`` ``[B, H, N, E]`` of any
-    strides, ``key`` and ``value`` ``[H, P, E]`` and ``[H, P, Ev]``, equal for all samples. The result is like ``attended``."""
+    """``attended + softmax(scale query key^T) value``: ``attended`` is ``[B, N, H * Ev]``, ``query`` ``[B, H, N, E]``
+    of any strides, ``key`` and ``value`` ``[H, P, E]`` and ``[H, P, Ev]``, equal for all samples. The result is like
+    ``attended``."""
     return torch.empty_like(attended, memory_format=torch.contiguous_format)
 
 
@@ -203,8 +209,8 @@ def prompt_attention(attended, query, key, value, scale, backend):
     " -> (Tensor, Tensor, Tensor)"
 )
 def prompt_attention_backward(grad, query, key, value, scale, bits, group_size, backend):
-    """Gradients of `prompt_attention` for the query (``[B, N, H * E]``, dtype of ``grad``), keys and values (float32 or float64);
-    ``query`` are the three results of `encode_heads`."""
+    """Gradients of `prompt_attention` for the query (``[B, N, H * E]``, dtype of ``grad``), keys and values (float32
+    or float64); ``query`` are the three results of `encode_heads`."""
     dtype, (heads, _, dim) = math_dtype(grad.dtype), key.shape
     d_query = grad.new_empty(grad.shape[0], grad.shape[1], heads * dim)
     return d_query, key.new_empty(key.shape, dtype=dtype), value.new_empty(value.shape, dtype=dtype)

@@ -1,7 +1,7 @@
 """The two computations of S2A's structures that would keep full-precision tensors, stock and quantised.
 
-The stock forms offer themselves to function modes as torch's own functions do, so that `interception.OperatorMode` replaces
-them wherever a tuner's layer calls them inside a quantised module.
+The stock forms offer themselves to function modes as torch's own functions do, so that `interception.OperatorMode`
+replaces them wherever a tuner's layer calls them inside a quantised module.
 """
 
 import torch
@@ -17,7 +17,8 @@ from .functional import Quantizer, _encode_query, _recording, _refuse_double_bac
 def add_prompt_attention(
     attended: Tensor, query: Tensor, key: Tensor, value: Tensor, gate: Tensor, num_heads: int
 ) -> Tensor:
-    """`attended + tanh(gate) * softmax(q K_p^T / sqrt(d)) V_p`, per head (LLaMA-Adapter, Zhang et al. 2023, equations 4 to 8).
+    """`attended + tanh(gate) * softmax(q K_p^T / sqrt(d)) V_p`, per head (LLaMA-Adapter, Zhang et al. 2023, equations
+    4 to 8).
 
     Args:
         attended: what the attention proper puts out, as many values as `query` in the same order.
@@ -41,7 +42,8 @@ def add_prompt_attention(
 def quantized_add_prompt_attention(
     attended: Tensor, query: Tensor, key: Tensor, value: Tensor, gate: Tensor, num_heads: int, *, quantizer: Quantizer
 ) -> Tensor:
-    """`add_prompt_attention`; keeps b-bit queries (and their mean over tokens), and recomputes the rest in backward."""
+    """`add_prompt_attention`; keeps b-bit queries (and their mean over tokens), and recomputes the rest in
+    backward."""
     if not _recording(attended, query, key, value, gate):
         return add_prompt_attention(attended, query, key, value, gate, num_heads)
     return _AddPromptAttention.apply(attended, query, key, value, gate, num_heads, quantizer)

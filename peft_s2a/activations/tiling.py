@@ -1,13 +1,13 @@
 """Running a module in tiles, so that its working set is that of one tile.
 
-A module that treats samples (any block of a vision backbone) or tokens (an MLP) one by one can run on a few of them at a time.
-`run_tiled` does so inside one `torch.autograd.Function`: forward builds a small autograd graph for every tile and keeps the
-edges where it starts and ends; backward differentiates one graph after the other. What the operators inside keep is the same
-as without tiles and goes through their own ``save_for_backward``; what is saved is everything else: the full-width hidden
-tensors, the operands and gradients of one layer's backward pass.
+A module that treats samples (any block of a vision backbone) or tokens (an MLP) one by one can run on a few of them at
+a time. `run_tiled` does so inside one `torch.autograd.Function`: forward builds a small autograd graph for every tile
+and keeps the edges where it starts and ends; backward differentiates one graph after the other. What the operators
+inside keep is the same as without tiles and goes through their own ``save_for_backward``; what is saved is everything
+else: the full-width hidden tensors, the operands and gradients of one layer's backward pass.
 
-It is right whatever the module trains, and pays where its weights are frozen: gradients of trained weights are added up over
-tiles. `Certificate` is the evidence that a module may be tiled.
+It is right whatever the module trains, and pays where its weights are frozen: gradients of trained weights are added
+up over tiles. `Certificate` is the evidence that a module may be tiled.
 """
 
 import threading
@@ -45,8 +45,8 @@ def _tile() -> Iterator[None]:
 class _Entry(torch.autograd.Function):
     """The identity, as the first node of a tile's graph.
 
-    It depends on ``handle``, an empty tensor that requires grad, and not on a leaf made of ``x``, which the graph would keep
-    alive. Its own backward never runs: gradients are captured as they arrive.
+    It depends on ``handle``, an empty tensor that requires grad, and not on a leaf made of ``x``, which the graph
+    would keep alive. Its own backward never runs: gradients are captured as they arrive.
     """
 
     @staticmethod
@@ -59,10 +59,11 @@ class _Entry(torch.autograd.Function):
 
 
 class SampleDraws(TorchFunctionMode):
-    """Draws the random numbers of stochastic depth for all samples in the first tile, so that their stream is the stock one.
+    """Draws the random numbers of stochastic depth for all samples in the first tile, so that their stream is the
+    stock one.
 
-    Stochastic depth draws one number a sample, by ``torch.rand(shape)`` or ``tensor.bernoulli_(p)``. Other draws are left alone:
-    a `Certificate` is only given where there are none.
+    Stochastic depth draws one number a sample, by ``torch.rand(shape)`` or ``tensor.bernoulli_(p)``. Other draws are
+    left alone: a `Certificate` is only given where there are none.
     """
 
     def __init__(self, count: int, generator: torch.Generator | None = None) -> None:
@@ -190,8 +191,8 @@ class _Tiles(torch.autograd.Function):
 def _run_tile(
     call: _Call, x: Tensor, rows: slice, shared: Sequence[Tensor], buffers: list[Tensor]
 ) -> tuple[list[GradientEdge | None], list[GradientEdge]]:
-    """Run one tile, write its results to the buffers (which the first tile makes) and return the edges at which its graph ends
-    (None for results without gradient) and starts."""
+    """Run one tile, write its results to the buffers (which the first tile makes) and return the edges at which its
+    graph ends (None for results without gradient) and starts."""
     if call.draws is not None:
         call.draws.select(rows)
     tile = x.narrow(call.dim, rows.start, rows.stop - rows.start).detach()
@@ -263,8 +264,9 @@ def run_tiled(
     """``function(*args, **kwargs)``, computed ``size`` rows at a time along ``dim`` of the first argument.
 
     Args:
-        function: treats the rows along ``dim`` independently; its result is made (as a pytree) of tensors with a whole multiple
-            of the first argument's rows along ``dim``, in the same order, and of other values, equal for all tiles.
+        function: treats the rows along ``dim`` independently; its result is made (as a pytree) of tensors with a whole
+            multiple of the first argument's rows along ``dim``, in the same order, and of other values, equal for all
+            tiles.
         args, kwargs: the first leaf (as pytrees) is the tensor to be tiled; others are passed whole to every tile.
         parameters: the trainable tensors that ``function`` reads, apart from its arguments.
         size: rows in a tile, at least 1; the last one may have fewer.
@@ -298,7 +300,8 @@ def run_tiled(
 class Certificate:
     """Whether a module may be tiled along a dimension, and if so whether it draws random numbers for every sample.
 
-    ``reason`` says why it may not be tiled; None when it may. ``tentative``: found without values, so not to be relied on later.
+    ``reason`` says why it may not be tiled; None when it may. ``tentative``: found without values, so not to be relied
+    on later.
     """
 
     reason: str | None = None
@@ -316,9 +319,10 @@ def certify(
 ) -> Certificate:
     """Find out by trial whether ``function``, the forward of ``module``, treats rows along ``dim`` independently.
 
-    Two rows are computed together, then one alone; the common row has to be the same up to rounding. What is computed is
-    thrown away; random generators are left as they were. Not tiled are functions that draw random numbers other than one a
-    sample, write buffers, or depend on trainable tensors that are neither arguments nor the module's parameters.
+    Two rows are computed together, then one alone; the common row has to be the same up to rounding. What is computed
+    is thrown away; random generators are left as they were. Not tiled are functions that draw random numbers other
+    than one a sample, write buffers, or depend on trainable tensors that are neither arguments nor the module's
+    parameters.
 
     Under `FakeTensorMode` there are no values to compare, only shapes, and the certificate is tentative.
     """

@@ -1,9 +1,9 @@
 """`quantize_activations` and `restore_activations`: making the modules of a model train with quantised activations.
 
 A module is changed by giving it a subclass of its own class whose forward runs the stock forward under an
-`interception.OperatorMode` (`torch.nn.utils.parametrize` changes modules the same way). Parameters, hooks, ``state_dict`` keys
-and ``isinstance`` checks stay as they are; going back is giving the module its class again. Blocks and MLPs moreover run in tiles
-(`tiling`).
+`interception.OperatorMode` (`torch.nn.utils.parametrize` changes modules the same way). Parameters, hooks,
+``state_dict`` keys and ``isinstance`` checks stay as they are; going back is giving the module its class again. Blocks
+and MLPs moreover run in tiles (`tiling`).
 """
 
 import functools
@@ -105,9 +105,9 @@ def quantize_activations(
 ) -> nn.Module:
     """Make ``model`` train with quantised activations, in place, and return it.
 
-    Its outputs are those of the stock model: equal bit for bit on the reference backend, within rounding of the dtype on the
-    others. What is kept for backward are codes, whenever autograd records and whatever is trained. Calling it again applies the
-    new configuration, also to modules added since; `restore_activations` undoes it.
+    Its outputs are those of the stock model: equal bit for bit on the reference backend, within rounding of the dtype
+    on the others. What is kept for backward are codes, whenever autograd records and whatever is trained. Calling it
+    again applies the new configuration, also to modules added since; `restore_activations` undoes it.
 
     Args:
         model: any module: a model, one that a tuner has been added to, or a single layer.
@@ -155,10 +155,12 @@ def _has_operators(module: nn.Module) -> bool:
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
-    """The modules that take a batch of samples and return one: the blocks or stages of a backbone, and what precedes them.
+    """The modules that take a batch of samples and return one: the blocks or stages of a backbone, and what precedes
+    them.
 
-    The former are the outermost modules that are repeated: members of lists and sequences whose class occurs there more than once.
-    The latter are the outermost modules with children and without any of the former inside: patch embeddings, stems.
+    The former are the outermost modules that are repeated: members of lists and sequences whose class occurs there
+    more than once. The latter are the outermost modules with children and without any of the former inside: patch
+    embeddings, stems.
     """
     lists = [module for module in model.modules() if isinstance(module, (nn.ModuleList, nn.Sequential))]
     times = Counter(_stock_class(child) for parent in lists for child in parent.children())
@@ -183,8 +185,8 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
 def _later_codes(model: nn.Module, blocks: set[nn.Module]) -> dict[nn.Module, float]:
     """{block: bytes of codes that the blocks after it will keep, for each byte of its input}, roughly.
 
-    A guess from the layers alone: half a byte for each value that a linear layer or a norm puts out, a bit for each of a
-    convolution; blocks of twice the width have a quarter of the positions.
+    A guess from the layers alone: half a byte for each value that a linear layer or a norm puts out, a bit for each of
+    a convolution; blocks of twice the width have a quarter of the positions.
     """
     known = [(block, *_width_and_codes(block)) for block in model.modules() if block in blocks]
     later, codes = {}, 0.0  # of the blocks seen so far, from the end, where a block of width w has 1 / w^2 positions
@@ -215,10 +217,11 @@ def _any_inside(module: nn.Module, predicate) -> Iterator[bool]:
 
 
 def _producers(model: nn.Module) -> dict[nn.Module, nn.Module]:
-    """{activation function: linear or convolutional layer} for pairs of which it is certain that nothing but the activation
-    function reads what the layer computes, so that this may be overwritten.
+    """{activation function: linear or convolutional layer} for pairs of which it is certain that nothing but the
+    activation function reads what the layer computes, so that this may be overwritten.
 
-    Certainty comes from tracing the forward pass of the module that holds both; where that cannot be traced there is none.
+    Certainty comes from tracing the forward pass of the module that holds both; where that cannot be traced there is
+    none.
     """
     producers: dict[nn.Module, nn.Module] = {}
     refused: set[nn.Module] = set()
@@ -243,7 +246,8 @@ def _computes(module: nn.Module) -> bool:
 
 
 def _single_readers(parent: nn.Module, children: dict[str, nn.Module]) -> dict[nn.Module, nn.Module]:
-    """{child: layer} for children of ``parent`` that are called once, with the result of a layer that only they read."""
+    """{child: layer} for children of ``parent`` that are called once, with the result of a layer that only they
+    read."""
     if isinstance(parent, nn.ModuleList | nn.ModuleDict | PreTrainedModel | BaseTunerLayer):
         return {}
     quantized = type(parent)
@@ -273,7 +277,8 @@ class _ChildTracer(fx.Tracer):
 
 
 def _is_mlp(module: nn.Module) -> bool:
-    """Whether a module consists of two or more linear layers and of parameter-free leaves such as activation functions.
+    """Whether a module consists of two or more linear layers and of parameter-free leaves such as activation
+    functions.
 
     That its forward pass treats tokens one by one is then likely, and found out by `tiling.certify`.
     """
@@ -341,8 +346,8 @@ def _pays(module: nn.Module, parameters: list[nn.Parameter], x: Tensor) -> bool:
 
 
 def _masks(leaves: list[Any], dim: int) -> list[int] | None:
-    """Positions of the attention masks (``[samples, heads or 1, queries, keys]``) that are tiled together with the first leaf
-    (``[samples, tokens, channels]``); None if it cannot be told whether another tensor has to be."""
+    """Positions of the attention masks (``[samples, heads or 1, queries, keys]``) that are tiled together with the
+    first leaf (``[samples, tokens, channels]``); None if it cannot be told whether another tensor has to be."""
     masks = []
     for position, leaf in enumerate(leaves[1:], start=1):
         if isinstance(leaf, Tensor) and leaf.dim() > dim and leaf.shape[dim] == leaves[0].shape[dim]:

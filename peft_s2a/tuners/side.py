@@ -53,10 +53,11 @@ def default_rank(width: int) -> int:
 
 
 def can_serve(module: nn.Module) -> bool:
-    """Whether a side branch can run beside `module`: a Linear, Conv1d, Conv2d, or a module that starts and ends with such.
+    """Whether a side branch can run beside `module`: a Linear, Conv1d, Conv2d, or a module that starts and ends with
+    such.
 
-    A module with several layers must have tensors of one layout at both ends: channels last (it starts with a Linear) or
-    channels first (it starts with a convolution). Lists of modules, which nobody calls, are none.
+    A module with several layers must have tensors of one layout at both ends: channels last (it starts with a Linear)
+    or channels first (it starts with a convolution). Lists of modules, which nobody calls, are none.
     """
     layers = projections(module)
     is_called = type(module).forward is not nn.Module.forward
@@ -69,10 +70,10 @@ def frozen_projection(layer: nn.Module, shape: tuple[int, ...], init: str) -> to
     Args:
         layer: the Linear or convolution that reads the same input.
         shape: (rank, input width), or (rank, input channels, *kernel size).
-        init: "orthogonal": random directions (as in LoRA-FA, Zhang et al. 2023, section 3, where the down-projection is
-            frozen at random; orthogonality is our choice). "svd": the top right-singular vectors of the layer's weight,
-            the directions it amplifies most (our choice, after PiSSA, Meng et al. 2024); directions that the weight
-            lacks are filled up at random.
+        init: "orthogonal": random directions (as in LoRA-FA, Zhang et al. 2023, section 3, where the down-projection
+            is frozen at random; orthogonality is our choice). "svd": the top right-singular vectors of the layer's
+            weight, the directions it amplifies most (our choice, after PiSSA, Meng et al. 2024); directions that the
+            weight lacks are filled up at random.
     """
     rank, width = shape[0], torch.Size(shape[1:]).numel()
     directions = torch.empty(rank, width)
@@ -91,13 +92,13 @@ class SideLayer(AttachedLayer):
     r"""Adds `s * U f(D x)` to the output of its host, `x` being the host's input and `s = side_alpha / side_rank`.
 
     D is frozen, so the full-width input is not kept for backward: only `D x` and `f(D x)`, of width r, are (LoRA-FA,
-    Zhang et al. 2023, arXiv:2308.03303). U starts at zero. f is GELU or the identity. Scaling by the rank keeps training
-    stable when the rank grows (LoRA, Hu et al. 2021, section 4.1). The branch around a whole MLP is the form of a parallel
-    adapter (He et al. 2022, arXiv:2110.04366); the paper (section "side") leaves these choices open.
+    Zhang et al. 2023, arXiv:2308.03303). U starts at zero. f is GELU or the identity. Scaling by the rank keeps
+    training stable when the rank grows (LoRA, Hu et al. 2021, section 4.1). The branch around a whole MLP is the form
+    of a parallel adapter (He et al. 2022, arXiv:2110.04366); the paper (section "side") leaves these choices open.
 
-    Layouts: beside a Linear or a module of Linears, x is [..., width]. Beside a convolution, D has the geometry of that
-    convolution and U is 1x1. Beside a module that starts with a convolution, x is [batch, width, ...], both are 1x1, and
-    `D x` is averaged over windows where the module reduces the resolution.
+    Layouts: beside a Linear or a module of Linears, x is [..., width]. Beside a convolution, D has the geometry of
+    that convolution and U is 1x1. Beside a module that starts with a convolution, x is [batch, width, ...], both are
+    1x1, and `D x` is averaged over windows where the module reduces the resolution.
 
     Args:
         host: the module whose output is added to.
@@ -213,26 +214,28 @@ class SideLayer(AttachedLayer):
 
     def _raise_shape_error(self, x: torch.Tensor, y: torch.Tensor) -> None:
         raise ValueError(
-            f"A side branch cannot run beside this {type(self._host[0]).__name__}: its input has shape {tuple(x.shape)} and "
-            f"its output {tuple(y.shape)}, which differ in more than the width. Leave it out with `exclude_modules`."
+            f"A side branch cannot run beside this {type(self._host[0]).__name__}: its input has shape "
+            f"{tuple(x.shape)} and its output {tuple(y.shape)}, which differ in more than the width. Leave it out "
+            "with `exclude_modules`."
         )
 
     def not_mergeable(self, adapter_name: str) -> str | None:
         if not self.is_leaf:
             return (
-                f"Adapter {adapter_name!r} has a side branch around a whole {type(self._host[0]).__name__}, which no single "
-                "weight can hold, so it cannot be merged. Keep the adapter separate, or train with `side_activation="
-                "'linear'` and `target_modules` that name single linear or convolution layers."
+                f"Adapter {adapter_name!r} has a side branch around a whole {type(self._host[0]).__name__}, which no "
+                "single weight can hold, so it cannot be merged. Keep the adapter separate, or train with "
+                "`side_activation='linear'` and `target_modules` that name single linear or convolution layers."
             )
         if self.has_activation[adapter_name]:
             return (
-                f"Adapter {adapter_name!r} has a side branch with an activation function, which no weight can hold, so it "
-                "cannot be merged. Keep the adapter separate, or train with `side_activation='linear'`."
+                f"Adapter {adapter_name!r} has a side branch with an activation function, which no weight can hold, "
+                "so it cannot be merged. Keep the adapter separate, or train with `side_activation='linear'`."
             )
         if getattr(self._ends[0], "groups", 1) != 1:
             return (
-                f"Adapter {adapter_name!r} has a side branch beside a grouped convolution, whose weight cannot hold it, so "
-                "it cannot be merged. Keep the adapter separate, or leave grouped convolutions out with `exclude_modules`."
+                f"Adapter {adapter_name!r} has a side branch beside a grouped convolution, whose weight cannot hold "
+                "it, so it cannot be merged. Keep the adapter separate, or leave grouped convolutions out with "
+                "`exclude_modules`."
             )
         return None
 

@@ -42,7 +42,8 @@ def calibrate(model, budget=None, family="vit", **options):
 
 
 def gradient_and_bytes(model, config=None, family="vit"):
-    """The gradient of the trained parameters, as one vector, and the bytes per image kept for it, quantised as in ``config``."""
+    """The gradient of the trained parameters, as one vector, and the bytes per image kept for it, quantised as in
+    ``config``."""
     if config is not None:
         quantize_activations(model, config)
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}

@@ -1,4 +1,5 @@
-"""Every supported family trains with quantised activations: stock outputs, faithful gradients, little in full precision."""
+"""Every supported family trains with quantised activations: stock outputs, faithful gradients, little in full
+precision."""
 
 import copy
 import re

@@ -430,7 +430,8 @@ class TestQuantizer:
     backend=st.sampled_from(("reference", "auto")),
 )
 def test_any_shape_stride_dtype_and_width(name, shape, order, step, dtype, bits, rounding, backend):
-    """Results and their layout are the stock operator's, gradients have its shape and dtype, are finite, and near with eight bits."""
+    """Results and their layout are the stock operator's, gradients have its shape and dtype, are finite, and near with
+    eight bits."""
     shape[-1] += 1
     permutation = list(range(len(shape)))
     order.shuffle(permutation)

@@ -1,4 +1,5 @@
-"""Whatever way a module calls an operator, it is computed with codes when autograd records, and left alone otherwise."""
+"""Whatever way a module calls an operator, it is computed with codes when autograd records, and left alone
+otherwise."""
 
 import pytest
 import torch
@@ -122,7 +123,8 @@ OPERATORS = {
 
 
 def full_precision_bytes(function, x, parameters=()):
-    """Floating-point bytes that autograd keeps, apart from parameters and from tensors that are small or one value a row."""
+    """Floating-point bytes that autograd keeps, apart from parameters and from tensors that are small or one value a
+    row."""
     own = {p.untyped_storage().data_ptr() for p in parameters}
     sizes = []
 

@@ -1,4 +1,5 @@
-"""Tiled execution gives the results and gradients of whole execution, and keeps only what the operators inside keep."""
+"""Tiled execution gives the results and gradients of whole execution, and keeps only what the operators inside
+keep."""
 
 import copy
 import gc

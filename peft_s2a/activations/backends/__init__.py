@@ -24,7 +24,8 @@ def select(backend: str, device: torch.device, op: str) -> ModuleType:
 
 @functools.cache
 def _fused(backend: str, device: str) -> ModuleType | None:
-    """The module of fused kernels to use on a device type; None, after one warning where the user expects another, for none."""
+    """The module of fused kernels to use on a device type; None, after one warning where the user expects another, for
+    none."""
     if backend == "auto":
         backend = {"cpu": "compiled", "cuda": "triton"}.get(device, "reference")
     if backend == "compiled":
@@ -46,7 +47,8 @@ def _fused(backend: str, device: str) -> ModuleType | None:
             return triton
         _warn(
             f"The Triton kernels do not run on {device} here",
-            "They run on CUDA devices and, for tests, on the CPU in Triton's interpreter: set TRITON_INTERPRET=1 before "
+            "They run on CUDA devices and, for tests, on the CPU in Triton's interpreter: set TRITON_INTERPRET=1 "
+            "before "
             'Triton is imported for the one, unset it for the other. Pass backend="auto" to take what fits the device.',
         )
     return None

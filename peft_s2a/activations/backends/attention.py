@@ -1,8 +1,9 @@
 """The backward pass of attention from coded queries, keys and values, in tiles of bounded size.
 
-Per tile: probabilities are recomputed, ``P = softmax(scale Q K^T + mask)``, then (Dao et al., "FlashAttention", 2022, appendix B)
-``dV = P^T dO``, ``dP = dO V^T``, ``dS = P * (dP - rowsum(P * dP))``, ``dQ = scale dS K``, ``dK = scale dS^T Q``. A tile is some
-samples, or some heads of one sample, or some query rows of one head: whatever keeps its probabilities within a budget.
+Per tile: probabilities are recomputed, ``P = softmax(scale Q K^T + mask)``, then (Dao et al., "FlashAttention", 2022,
+appendix B) ``dV = P^T dO``, ``dP = dO V^T``, ``dS = P * (dP - rowsum(P * dP))``, ``dQ = scale dS K``, ``dK = scale
+dS^T Q``. A tile is some samples, or some heads of one sample, or some query rows of one head: whatever keeps its
+probabilities within a budget.
 """
 
 from collections.abc import Callable, Iterator
@@ -31,7 +32,8 @@ def attention_backward(
 
     Args:
         grad: ``[B, H, L, Ev]``, the output's gradient.
-        decode: ``decode(which, samples, heads)`` gives a fresh slice of the query (0), key (1) or value (2), dtype of grad.
+        decode: ``decode(which, samples, heads)`` gives a fresh slice of the query (0), key (1) or value (2), dtype of
+        grad.
         shapes: of query ``[B, H, L, E]``, key ``[B, H, S, E]`` and value ``[B, H, S, Ev]``.
         mask: boolean (True: take part) or additive; four dimensions, broadcastable to ``[B, H, L, S]``.
         is_causal: query i sees keys 0..i.

@@ -1,10 +1,11 @@
 """The ops on CUDA devices in fused Triton kernels (`triton_kernels`). Not yet measured on a GPU.
 
-Every kernel reads its input from memory once and writes codes, or reads codes and writes gradients; nothing else is allocated but the
-token means of `encode_heads`, partial sums for parameters (`norm_backward`, `prompt_attention_backward`) and two numbers a query
-(`attention_backward`). Float64, rows of more than 16384 values, heads of more than 256 and attention whose mask wants a gradient are
-left to the reference, and so is max pooling; softmax, batch normalisation and gated activations are the reference's with codes by
-the kernels here. On the CPU the kernels run in Triton's interpreter, for tests: set TRITON_INTERPRET=1 before Triton is imported.
+Every kernel reads its input from memory once and writes codes, or reads codes and writes gradients; nothing else is
+allocated but the token means of `encode_heads`, partial sums for parameters (`norm_backward`,
+`prompt_attention_backward`) and two numbers a query (`attention_backward`). Float64, rows of more than 16384 values,
+heads of more than 256 and attention whose mask wants a gradient are left to the reference, and so is max pooling;
+softmax, batch normalisation and gated activations are the reference's with codes by the kernels here. On the CPU the
+kernels run in Triton's interpreter, for tests: set TRITON_INTERPRET=1 before Triton is imported.
 """
 
 import functools
@@ -46,7 +47,8 @@ def _launch(kernel, grid, *args, **constants) -> None:
 
 
 def _slots(count: int, group_size: int, prefix: str = "", least: int = 1) -> dict[str, int]:
-    """How rows of ``count`` values in groups are laid out in a kernel, in at least ``least`` slots; see `triton_kernels`."""
+    """How rows of ``count`` values in groups are laid out in a kernel, in at least ``least`` slots; see
+    `triton_kernels`."""
     group_slots = max(triton.next_power_of_2(min(group_size, count)), least if group_size >= count else 1)
     slots = max(group_slots * triton.next_power_of_2(-(-count // group_size)), least)
     group = 0 if group_size >= count else group_size
@@ -71,7 +73,8 @@ def _words(seed: int | None) -> tuple[int, int]:
 def _table(
     values: tuple[float, ...], device: torch.device, thresholds: tuple[float, ...] = (), steps: int | None = None
 ):
-    """``values`` on the device; after ``2 ** steps`` thresholds, infinite where there are none, if ``steps`` is given."""
+    """``values`` on the device; after ``2 ** steps`` thresholds, infinite where there are none, if ``steps`` is
+    given."""
     padding = () if steps is None else (torch.inf,) * (2**steps - len(thresholds))
     return torch.tensor((*thresholds, *padding, *values), dtype=torch.float32, device=device)
 
@@ -120,7 +123,8 @@ def _encode_rows(
     x: Tensor, norm: int, eps: float, columns: Tensor | None, mean: Tensor | None, bits: int, group_size: int,
     seed: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Code the rows of ``x`` (``[samples, heads, tokens, C]``, any strides): packed codes, scales and, of a norm, ``rstd``, a row each."""
+    """Code the rows of ``x`` (``[samples, heads, tokens, C]``, any strides): packed codes, scales and, of a norm,
+    ``rstd``, a row each."""
     samples, heads, tokens, count = x.shape
     rows, groups = samples * heads * tokens, -(-count // group_size)
     packed = x.new_empty(rows, codec.packed_width(count, bits), dtype=torch.uint8)

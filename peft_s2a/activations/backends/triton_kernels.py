@@ -1,11 +1,12 @@
 """The Triton kernels behind `triton.py`. Not yet measured on a GPU.
 
-Rows. Kernels on rows of ``count`` values hold whole rows in registers, ``ROWS`` of them at a time, in ``SLOTS`` slots each: group ``g``
-of ``GROUP`` values takes the ``GROUP_SLOTS`` slots (a power of two) from ``g * GROUP_SLOTS`` on, so that groups of any size are reduced
-and broadcast by reshaping. ``GROUP`` is 0 where one group is the whole row. Arithmetic is in float32, whatever is loaded.
+Rows. Kernels on rows of ``count`` values hold whole rows in registers, ``ROWS`` of them at a time, in ``SLOTS`` slots
+each: group ``g`` of ``GROUP`` values takes the ``GROUP_SLOTS`` slots (a power of two) from ``g * GROUP_SLOTS`` on, so
+that groups of any size are reduced and broadcast by reshaping. ``GROUP`` is 0 where one group is the whole row.
+Arithmetic is in float32, whatever is loaded.
 
-Sizes that change with the batch are no tuning key, and of them only whether they are multiples of 16 is specialised on, where it
-widens loads: a smaller last batch tunes nothing, and compiles nothing at the widths of real models.
+Sizes that change with the batch are no tuning key, and of them only whether they are multiples of 16 is specialised
+on, where it widens loads: a smaller last batch tunes nothing, and compiles nothing at the widths of real models.
 """
 
 import torch
@@ -19,8 +20,8 @@ INTERPRETED = triton.knobs.runtime.interpret and isinstance(tl.sum, InterpretedF
 
 
 def _seconds(call, quantiles) -> list[float]:
-    """Time of a kernel, for the autotuner: `triton.testing.do_bench` allocates 256 MB to flush the caches, which a program that
-    counts its bytes may not have."""
+    """Time of a kernel, for the autotuner: `triton.testing.do_bench` allocates 256 MB to flush the caches, which a
+    program that counts its bytes may not have."""
     call()
     times = []
     for _ in range(5):
@@ -153,7 +154,8 @@ def _plane(packed, element, mask, width, BITS: tl.constexpr):
 
 @triton.jit
 def _unpack(packed, element, mask, count, BITS: tl.constexpr):
-    """The codes (int32) of ``element`` in the rows of ``count`` codes at ``packed``, where ``mask``: `codec.unpack`."""
+    """The codes (int32) of ``element`` in the rows of ``count`` codes at ``packed``, where ``mask``:
+    `codec.unpack`."""
     if BITS == 3:
         low_width = _row_width(count, 2)
         low = _plane(packed, element, mask, low_width, 2)
@@ -168,8 +170,8 @@ def _decode(
     packed, scales, mean, row, present, count, groups, BITS: tl.constexpr, GROUP: tl.constexpr,
     GROUP_SLOTS: tl.constexpr, SLOTS: tl.constexpr, MEAN: tl.constexpr,
 ):  # fmt: skip
-    """The values (float32 ``[len(row), SLOTS]``, 0 in empty slots) of the rows ``row`` (int64) where ``present``; plus, with
-    ``MEAN``, the row at ``mean``."""
+    """The values (float32 ``[len(row), SLOTS]``, 0 in empty slots) of the rows ``row`` (int64) where ``present``;
+    plus, with ``MEAN``, the row at ``mean``."""
     ROWS: tl.constexpr = row.shape[0]
     packed += row * _row_width(count, BITS)
     scales += row * _scales_width(groups)
@@ -207,7 +209,8 @@ def _byte(
     x, table, index, count, width, seed_low, seed_high, STEPS: tl.constexpr, STOCHASTIC: tl.constexpr,
     BITS: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """The bytes ``index`` of a packed row of ``width`` bytes; of every code the ``BITS`` bits from ``SHIFT`` upwards."""
+    """The bytes ``index`` of a packed row of ``width`` bytes; of every code the ``BITS`` bits from ``SHIFT``
+    upwards."""
     packed = tl.zeros(index.shape, tl.int32)
     values = table + (1 << STEPS)
     for part in tl.static_range(8 // BITS):
@@ -232,8 +235,9 @@ def encode_values(
     x, table, packed, count, width, seed_low, seed_high, STEPS: tl.constexpr, STOCHASTIC: tl.constexpr,
     BITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Code ``count`` values by intervals. ``table`` holds ``2 ** STEPS`` thresholds (infinite where unused), then the intervals'
-    codes or, to round stochastically between them, levels. ``width``: bytes of the row, at 3 bits of its high bits."""
+    """Code ``count`` values by intervals. ``table`` holds ``2 ** STEPS`` thresholds (infinite where unused), then the
+    intervals' codes or, to round stochastically between them, levels. ``width``: bytes of the row, at 3 bits of its
+    high bits."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     if BITS == 3:
         low_width = _row_width(count, 2)
@@ -253,7 +257,8 @@ def encode_values(
 def scale_values(
     grad, packed, levels, scaled, count, width, PARTS: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """``grad * levels[code]`` for the ``PARTS`` runs of ``width`` elements that share bytes (at 3 bits those of the high bits)."""
+    """``grad * levels[code]`` for the ``PARTS`` runs of ``width`` elements that share bytes (at 3 bits those of the
+    high bits)."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     if BITS != 3:
         byte = tl.load(packed + index, mask=index < width, other=0).to(tl.int32)
@@ -273,7 +278,8 @@ def scale_values(
 
 @triton.jit
 def _load_values(x, start, stride_element, mean, element, mask, MEAN: tl.constexpr):
-    """The values (float32) of ``element`` in the rows that begin at ``start``; with ``MEAN``, less those of the rows at ``mean``."""
+    """The values (float32) of ``element`` in the rows that begin at ``start``; with ``MEAN``, less those of the rows
+    at ``mean``."""
     v = tl.load(x + start[:, None] + (element.to(tl.int64) * stride_element)[None, :], mask=mask, other=0)
     v = v.to(tl.float32)
     if MEAN:
@@ -303,8 +309,9 @@ def _store_plane(
     GROUP: tl.constexpr, SLOTS: tl.constexpr, NORM: tl.constexpr, BY_COLUMN: tl.constexpr, MEAN: tl.constexpr,
     STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
-    """Code the rows again from their statistics and bounds, in the order of their bytes, and pack ``PLANE_BITS`` bits from ``SHIFT``
-    upwards of every code; ``offset`` and ``step`` are used where a row is one group, and those at ``scales`` elsewhere."""
+    """Code the rows again from their statistics and bounds, in the order of their bytes, and pack ``PLANE_BITS`` bits
+    from ``SHIFT`` upwards of every code; ``offset`` and ``step`` are used where a row is one group, and those at
+    ``scales`` elsewhere."""
     ROWS: tl.constexpr = row.shape[0]
     PARTS: tl.constexpr = 8 // PLANE_BITS
     BYTES: tl.constexpr = SLOTS // PARTS if SLOTS > PARTS else 1
@@ -338,11 +345,12 @@ def encode_rows(
     BITS: tl.constexpr, GROUP: tl.constexpr, GROUP_SLOTS: tl.constexpr, SLOTS: tl.constexpr, NORM: tl.constexpr,
     BY_COLUMN: tl.constexpr, MEAN: tl.constexpr, STOCHASTIC: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Code rows ``[samples, heads, tokens]`` of ``count`` values in groups. ``NORM``: 1 layer norm, 2 root mean square, 0 none, and
-    then ``BY_COLUMN`` standardised by the means and deviations at ``columns``. ``MEAN``: minus the row at ``mean`` of their head.
+    """Code rows ``[samples, heads, tokens]`` of ``count`` values in groups. ``NORM``: 1 layer norm, 2 root mean
+    square, 0 none, and then ``BY_COLUMN`` standardised by the means and deviations at ``columns``. ``MEAN``: minus the
+    row at ``mean`` of their head.
 
-    Statistics and bounds are found in slots; then the elements that share bytes are read again, from the cache, and packed: to
-    move codes between slots instead takes a shuffle for every pair of registers."""
+    Statistics and bounds are found in slots; then the elements that share bytes are read again, from the cache, and
+    packed: to move codes between slots instead takes a shuffle for every pair of registers."""
     ROWS: tl.constexpr = TILE // SLOTS if TILE > SLOTS else 1
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     present = row < rows
@@ -437,8 +445,8 @@ def norm_backward(
     BY_COLUMN: tl.constexpr, WEIGHTED: tl.constexpr, WANT_X: tl.constexpr, WANT_WEIGHT: tl.constexpr,
     WANT_BIAS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a row normalisation; every program takes tiles of rows in turn and leaves its sums over them for weight and bias
-    in its row of ``d_weight`` and ``d_bias``."""
+    """Gradients of a row normalisation; every program takes tiles of rows in turn and leaves its sums over them for
+    weight and bias in its row of ``d_weight`` and ``d_bias``."""
     ROWS: tl.constexpr = TILE // SLOTS if TILE > SLOTS else 1
     element, inside = _elements(count, GROUP, GROUP_SLOTS, SLOTS)
     weight_sum = tl.zeros((SLOTS,), tl.float32)
@@ -511,7 +519,8 @@ def _coded_rows(
 def _masked(
     scores, query, key, length, keys, mask, stride_query, stride_key, MASK: tl.constexpr, CAUSAL: tl.constexpr
 ):  # fmt: skip
-    """Scores with the mask (1: boolean, 2: additive), -inf where there is nothing; ``query`` and ``key`` broadcast to them."""
+    """Scores with the mask (1: boolean, 2: additive), -inf where there is nothing; ``query`` and ``key`` broadcast to
+    them."""
     inside = (query < length) & (key < keys)
     if MASK != 0:
         at = query.to(tl.int64) * stride_query + key.to(tl.int64) * stride_key
@@ -559,8 +568,9 @@ def attention_queries(
     Q_MEAN: tl.constexpr, K_MEAN: tl.constexpr, V_MEAN: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """The queries' gradient of one tile of queries of one head, in two passes over the keys: the first finds, for every query, the
-    logarithm of its sum of exponentials and ``delta = sum(P * dP)`` (both kept for the keys' kernel), the second sums dQ."""
+    """The queries' gradient of one tile of queries of one head, in two passes over the keys: the first finds, for
+    every query, the logarithm of its sum of exponentials and ``delta = sum(P * dP)`` (both kept for the keys' kernel),
+    the second sums dQ."""
     tiles = tl.cdiv(length, QUERIES)
     head = (tl.program_id(0) // tiles).to(tl.int64)
     query = (tl.program_id(0) % tiles) * QUERIES + tl.arange(0, QUERIES)
@@ -632,7 +642,8 @@ def attention_keys(
     Q_MEAN: tl.constexpr, K_MEAN: tl.constexpr, V_MEAN: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of one tile of keys and values of one head, over tiles of queries; everything transposed, ``[KEYS, QUERIES]``."""
+    """The gradients of one tile of keys and values of one head, over tiles of queries; everything transposed, ``[KEYS,
+    QUERIES]``."""
     tiles = tl.cdiv(keys, KEYS)
     head = (tl.program_id(0) // tiles).to(tl.int64)
     key = (tl.program_id(0) % tiles) * KEYS + tl.arange(0, KEYS)
@@ -739,8 +750,8 @@ def prompt_attention_backward(
     V_DIM: tl.constexpr, V_SLOTS: tl.constexpr, Q_MEAN: tl.constexpr, PROMPTS: tl.constexpr, PRECISION: tl.constexpr,
     QUERIES: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of attention to prompts; every program takes tiles of queries of one head in turn, and leaves its sums over them for
-    the prompts in a row of its own of ``d_key`` and ``d_value``."""
+    """Gradients of attention to prompts; every program takes tiles of queries of one head in turn, and leaves its sums
+    over them for the prompts in a row of its own of ``d_key`` and ``d_value``."""
     head = (tl.program_id(0) % heads).to(tl.int64)
     tiles = tl.cdiv(length, QUERIES)
     dtype = grad.dtype.element_ty
