@@ -27,12 +27,15 @@ from .interception import OperatorMode
 
 # Modules whose own forward pass only hands tensors to other modules, or holds none of the operators.
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
-_LEFT_ALONE = (*_LISTS, nn.Sequential, nn.Identity, nn.Embedding, PreTrainedModel, BaseTuner, BaseTunerLayer)
+_ADAPTED = (BaseTuner, BaseTunerLayer, AuxiliaryTrainingWrapper)
+_LEFT_ALONE = (*_LISTS, nn.Sequential, nn.Identity, nn.Embedding, PreTrainedModel, *_ADAPTED)
 
-# Bytes of a tile's input: enough work for one launch of its operators, few enough to keep the working set small.
-_TILE_BYTES = {"cpu": 2**20}
-_DEFAULT_TILE_BYTES = 2**24
-_WORKING_SET = 16  # bytes that running a block forward and backward takes, for each byte of its input, at most
+# Bytes for the working set of one tile: enough for its operators to have work to do, small beside the codes that are kept.
+_ROOM = {"cpu": 12 * 2**20}
+_DEFAULT_ROOM = 12 * 2**24
+_SLACK = 0.25  # of a tile: not worth another one
+# Bytes that running a block forward and backward takes, for each byte of its input: with linear layers, with convolutions only.
+_WORKING_SET, _WORKING_SET_OF_CONVOLUTIONS = 13, 8
 
 
 @dataclass
@@ -42,6 +45,7 @@ class _Settings:
     operators: OperatorMode
     tile_dim: int | None  # 0: in tiles of samples, 1: of tokens, None: whole
     later: float = 0.0  # bytes of codes that the blocks after this one will keep, for each byte of its input
+    working_set: int = _WORKING_SET
     producer: nn.Module | None = None  # for activation functions: the module whose result nobody else reads
     certificates: dict[Any, tiling.Certificate] = field(default_factory=dict)
 
@@ -124,16 +128,20 @@ def quantize_activations(
             "`config` must be an ActivationQuantizationConfig, a dict of its arguments or None, got "
             f"{type(config).__name__}."
         )
-    later = _later_codes(model, set(_blocks(model)))
+    blocks = _later_codes(model, set(_blocks(model)))
+    mlps = {module: codes for block, codes in blocks.items() for module in block.modules() if _is_mlp(module)}
+    later = mlps | blocks
     producers = _producers(model)
     for name, module in model.named_modules():
         if config.skips(name) or not _has_operators(module):
             _restore(module)
             continue
-        tile_dim = 0 if module in later else 1 if _is_mlp(module) else None
+        tile_dim = 0 if module in blocks else 1 if _is_mlp(module) else None
         module.__class__ = _quantized_class(_stock_class(module))
         producer = producers.get(module) if config.backend != "reference" else None
-        module._activation_settings = _Settings(OperatorMode(config, name), tile_dim, later.get(module, 0.0), producer)
+        module._activation_settings = _Settings(
+            OperatorMode(config, name), tile_dim, later.get(module, 0.0), _working_set(module), producer
+        )
     return model
 
 
@@ -151,7 +159,7 @@ def _restore(module: nn.Module) -> None:
 
 
 def _has_operators(module: nn.Module) -> bool:
-    return not isinstance(module, (*_LEFT_ALONE, AuxiliaryTrainingWrapper)) and hasattr(type(module), "forward")
+    return not isinstance(module, _LEFT_ALONE) and hasattr(type(module), "forward")
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
@@ -185,31 +193,39 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
 def _later_codes(model: nn.Module, blocks: set[nn.Module]) -> dict[nn.Module, float]:
     """{block: bytes of codes that the blocks after it will keep, for each byte of its input}, roughly.
 
-    A guess from the layers alone: half a byte for each value that a linear layer or a norm puts out, a bit for each of
-    a convolution; blocks of twice the width have a quarter of the positions.
+    A guess from the layers alone: half a byte for each value that a norm puts out, somewhat less for a linear layer (some
+    of them only add to the features), a bit for each of a convolution; twice the width means a quarter of the positions.
     """
-    known = [(block, *_width_and_codes(block)) for block in model.modules() if block in blocks]
-    later, codes = {}, 0.0  # of the blocks seen so far, from the end, where a block of width w has 1 / w^2 positions
-    for block, width, kept in reversed(known):
-        later[block] = codes * width / 4
-        codes += kept / max(width, 1) ** 2
+    later, codes = {}, 0.0  # of the blocks seen so far, from the end, where a layer of width w has 1 / w^2 positions
+    for block in reversed([module for module in model.modules() if module in blocks]):
+        layers = [found for module in _without_adapters(block) if (found := _widths_and_codes(module)) is not None]
+        later[block] = codes * layers[0][0] / 4 if layers else 0.0
+        codes += sum(kept / min(read, written) ** 2 for read, written, kept in layers)
     return later
 
 
-def _width_and_codes(block: nn.Module) -> tuple[int, float]:
-    """(channels that a block reads, bytes that it keeps at a position)."""
-    width, codes = 0, 0.0
-    for module in block.modules():
-        if isinstance(module, nn.Linear):
-            read, kept = module.in_features, 0.5 * module.out_features
-        elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            read, kept = module.in_channels, module.out_channels / 8
-        elif isinstance(module, nn.LayerNorm):
-            read, kept = module.normalized_shape[-1], 0.5 * module.normalized_shape[-1]
-        else:
-            continue
-        width, codes = width or read, codes + kept
-    return width, codes
+def _without_adapters(module: nn.Module) -> Iterator[nn.Module]:
+    """``module`` and the modules in it, apart from those that tuners added."""
+    yield module
+    for name, child in module.named_children():
+        if not isinstance(module, BaseTunerLayer) or name == "base_layer":
+            yield from _without_adapters(child)
+
+
+def _widths_and_codes(layer: nn.Module) -> tuple[int, int, float] | None:
+    """(channels read, channels written, bytes kept at a position) of a linear layer, a convolution or a norm."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features, 0.4 * layer.out_features
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return layer.in_channels, layer.out_channels, layer.out_channels / 8
+    if isinstance(layer, nn.LayerNorm):
+        return layer.normalized_shape[-1], layer.normalized_shape[-1], 0.5 * layer.normalized_shape[-1]
+    return None
+
+
+def _working_set(block: nn.Module) -> int:
+    has_linear = any(isinstance(module, nn.Linear) for module in block.modules())
+    return _WORKING_SET if has_linear else _WORKING_SET_OF_CONVOLUTIONS
 
 
 def _any_inside(module: nn.Module, predicate) -> Iterator[bool]:
@@ -319,14 +335,14 @@ def _tile_size(settings: _Settings, leaves: list[Any]) -> int | None:
         return None
     x = leaves[0]
     count = x.shape[dim]
+    if tiling.inside_tile():
+        return None
     if settings.config.backend == "reference":  # bit for bit the stock forward, which matrix products of tiles are not
         return None
     if tiles == "auto":
         # Memory peaks where all codes are kept, in the last blocks; those before them have that much more room.
-        room = _TILE_BYTES.get(x.device.type, _DEFAULT_TILE_BYTES) + settings.later * x.nbytes / _WORKING_SET
-        tiles = math.ceil(x.nbytes / room)
-    elif tiling.inside_tile():
-        return None
+        room = _ROOM.get(x.device.type, _DEFAULT_ROOM) + settings.later * x.nbytes
+        tiles = max(1, math.ceil(settings.working_set * x.nbytes / room - _SLACK))
     size = -(-count // tiles)
     return size if size < count else None
 

@@ -245,7 +245,7 @@ class TestResult:
     def test_is_the_same_for_a_model_that_runs_in_tiles(self, vit, monkeypatch):
         config = ActivationQuantizationConfig(mlp_tiles="auto")
         whole = calibrate(vit, 0.8, config=config)
-        monkeypatch.setitem(wrap._TILE_BYTES, "cpu", 1)
+        monkeypatch.setitem(wrap._ROOM, "cpu", 1)
         assert calibrate(vit, 0.8, config=config) == whole
 
     def test_uses_only_the_widths_allowed(self, vit):

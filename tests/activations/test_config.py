@@ -25,6 +25,13 @@ class TestSettings:
         assert config.quantizer("activation", "layers.11.act").levels is None
         assert config.quantizer("norm", "layers.1.act").levels is None
 
+    def test_groups_are_finer_for_attention_unless_heads_are_narrow(self):
+        config = ActivationQuantizationConfig()
+        sizes = [config.quantizer("attention", channels=channels).group_size for channels in (None, 64, 32, 24)]
+        assert sizes == [16, 16, 32, 32]
+        assert config.quantizer("norm").group_size == 32
+        assert ActivationQuantizationConfig(group_size=8).quantizer("attention", channels=32).group_size == 8
+
     def test_skipped_modules_take_what_is_in_them_along(self):
         config = ActivationQuantizationConfig(skip_modules=["layers.1", "head"])
         names = ("layers.1", "layers.1.mlp.act", "model.layers.1.mlp", "layers.11", "head", "ahead")

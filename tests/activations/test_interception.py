@@ -310,6 +310,18 @@ class TestOperators:
         (expected,) = torch.autograd.grad(function(x).square().sum(), x)
         assert (actual - expected).norm() < 0.05 * expected.norm()
 
+    def test_position_biases_are_kept_in_half_precision(self):
+        bias, x = torch.randn(1, 3, TOKENS, TOKENS), torch.randn(2, 3, TOKENS, 4, requires_grad=True)
+        kept = []
+        with mode(bits=8), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            y = F.scaled_dot_product_attention(x, x, x, attn_mask=bias)
+        assert [t.dtype for t in kept if t.shape == bias.shape] == [torch.float16]
+        expected = F.scaled_dot_product_attention(x, x, x, attn_mask=bias)
+        assert torch.equal(y, expected)
+        (actual,) = torch.autograd.grad(y.square().sum(), x)
+        (expected,) = torch.autograd.grad(expected.square().sum(), x)
+        assert (actual - expected).norm() < 0.05 * expected.norm()
+
     def test_two_valued_masks_of_windows_are_kept_in_bits(self):
         _, x = inputs(8, 4, TOKENS, WIDTH)
         bias = torch.randn(1, 4, TOKENS, TOKENS, dtype=torch.double)

@@ -350,13 +350,13 @@ class TestTiles:
         images, _ = batch("vit")
         logits(vit, images)
         assert not tiles_run
-        monkeypatch.setitem(wrap._TILE_BYTES, "cpu", 17 * 32 * 4)
+        monkeypatch.setitem(wrap._ROOM, "cpu", 13 * 17 * 32 * 4)
         logits(vit, images)
         assert [dim for dim, _ in tiles_run] == [0, 0, 0]
         assert tiles_run[-1] == (0, 1)
 
     def test_tiles_are_larger_the_more_codes_are_still_to_come(self, tiles_run, monkeypatch):
-        monkeypatch.setitem(wrap._TILE_BYTES, "cpu", 1)
+        monkeypatch.setitem(wrap._ROOM, "cpu", 1)
         monkeypatch.setattr(wrap, "_WORKING_SET", 4)
         config = ViTConfig(hidden_size=32, intermediate_size=64, num_attention_heads=2, image_size=32, num_labels=3)
         vit = ViTForImageClassification(config).requires_grad_(False)

@@ -54,7 +54,7 @@ def test_tiles_of_blocks_and_stages_leave_the_ladder_whole(family, monkeypatch):
     images, labels = families.batch(family)
     gradients = []
     for tile_bytes in (2**30, 1):
-        monkeypatch.setitem(wrap._TILE_BYTES, "cpu", tile_bytes)
+        monkeypatch.setitem(wrap._ROOM, "cpu", tile_bytes)
         torch.manual_seed(0)
         model = get_peft_model(families.build(family), S2ASideConfig(side_mode="ladder", init_weights=False)).train()
         torch.manual_seed(0)
