@@ -6,8 +6,7 @@ of other libraries and attention written inline alike, without a patch per model
 
 import functools
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
-from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
+from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode, _push_mode
 
 from . import functional, products, shapes, structures
 from .config import ActivationQuantizationConfig
@@ -43,14 +42,24 @@ class OperatorMode(TorchFunctionMode):
     def __reduce__(self):
         return OperatorMode, (self.config, self.module_name)
 
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Enters the mode in place of the surrounding module's, and of the tile's draws, which it then serves: every mode in
-        force costs time at every operator."""
-        outer = None if torch.compiler.is_compiling() else _get_current_function_mode()
+    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """``function(*args, **kwargs)`` under this mode in place of the surrounding module's, and of the tile's draws, which it
+        then serves: every mode in force costs time at every operator."""
+        if torch.compiler.is_compiling():
+            with self:
+                return function(*args, **kwargs)
+        outer = _get_current_function_mode()
         self._draws = outer if isinstance(outer, SampleDraws) else getattr(outer, "_draws", None)
-        with _pop_mode_temporarily() if isinstance(outer, (OperatorMode, SampleDraws)) else nullcontext(), self:
-            yield
+        replaces = isinstance(outer, (OperatorMode, SampleDraws))
+        if replaces:
+            _pop_mode()
+        _push_mode(self)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _pop_mode()
+            if replaces:
+                _push_mode(outer)
 
     def quantizer(self, kind: str, channels: int | None = None) -> Quantizer:
         """The settings of operators of ``kind`` in this module; ``channels``: of an attention head, if known."""
@@ -73,8 +82,8 @@ class OperatorMode(TorchFunctionMode):
         return mask
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        handler = _HANDLERS.get(func) if torch.is_grad_enabled() else None
-        if handler is not None:
+        handler = _HANDLERS.get(func)
+        if handler is not None and torch.is_grad_enabled():
             result = handler(self, *args, **(kwargs or {}))
             if result is not NotImplemented:
                 return result

@@ -88,10 +88,7 @@ def _quantized_class(stock: type[nn.Module]) -> type[nn.Module]:
             _has_hooks(settings.producer) or _has_hooks(self) or torch.compiler.is_compiling()
         )
 
-        def whole(*args, **kwargs):
-            with settings.operators.alone():
-                return stock.forward(self, *args, **kwargs)
-
+        whole = functools.partial(settings.operators.run, stock.forward, self)
         if settings.tile_dim is None or torch.compiler.is_compiling():
             return whole(*args, **kwargs)
         return _in_tiles(self, settings, whole, args, kwargs)

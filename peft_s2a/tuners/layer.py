@@ -37,10 +37,10 @@ class S2ALayer(nn.Module, BaseTunerLayer):
 
     def adapters_in_use(self) -> Iterator[str]:
         """The active adapters that have weights here; none while adapters are disabled or merged."""
-        if self.disable_adapters or self.merged:
+        if self._disable_adapters or self.merged_adapters:
             return
-        available = self._get_available_adapters()
-        yield from (name for name in self.active_adapters if name in available)
+        weights = [self._modules[name] for name in (*self.adapter_layer_names, *self.other_param_names)]
+        yield from (adapter for adapter in self.active_adapters if any(adapter in of_a_kind for of_a_kind in weights))
 
     def reference_tensor(self) -> torch.Tensor:
         """A floating-point tensor of the base module; new weights take its device and dtype."""
