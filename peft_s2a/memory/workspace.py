@@ -5,8 +5,8 @@ with the events of PyTorch's allocator (2.13, oneDNN on x86-64 with AVX-512 and 
 
 * oneDNN computes convolutions on copies in blocked layouts and copies the result back, in half precision twice. Images
   (up to 4 channels) are not copied, nor is anything for pointwise convolutions in float32 on a single thread. Gradients
-  of images take two thirds of their input more (about: it depends on the sizes). Tensors
-  that are channels-last are not copied, weights are. Gradients of half-precision weights are accumulated in float32.
+  of images take about a sample of the input more for each thread. Tensors that are channels-last are not copied,
+  weights are. Gradients of half-precision weights are accumulated in float32.
 * Kernels that work on contiguous tensors copy inputs that are not.
 
 * The backward pass of quantised attention decodes and recomputes, one head a thread at a time. The other quantised
@@ -63,7 +63,7 @@ def _convolution(args: tuple, output: torch.Tensor) -> int:
         return 2 * _bytes(weight)
     copied = _bytes(weight) + (_bytes(inputs) if inputs.shape[1] > 4 else 0)
     if is_transposed and output.shape[1] <= 4:  # the gradient of images
-        copied += 2 * _bytes(inputs) // 3
+        copied += int((0.3 + 1.2 * torch.get_num_threads()) * _bytes(inputs) / max(len(inputs), 1))
     results = 2 if inputs.dtype is not torch.float32 or (is_transposed and max(stride) > 1) else 1
     return max(copied, results * _bytes(output))
 
