@@ -234,7 +234,8 @@ INLINE index16 exponents_of(vector16 magnitude, long groups) {
     magnitude = larger16(magnitude, __builtin_shuffle(magnitude, lane ^ 1));
     magnitude = larger16(magnitude, __builtin_shuffle(magnitude, lane ^ 2));
     /* that of magnitude / 127, rounded up: 127 is 0x42FE0000, and what is below 64 of the smallest floats rounds to zero */
-    index16 word = (index16)magnitude, exponent = (word - 0x3000000 + 0x1FFFF) >> 23;
+    index16 word = (index16)magnitude & 0x7FFFFFFF; /* zero may be negative */
+    index16 exponent = (word - 0x3000000 + 0x1FFFF) >> 23;
     exponent = (exponent & (exponent > 0)) | (1 & (exponent <= 0) & (word >= 64));
     return exponent | (255 & (word >= 0x7F800000)); /* what is not finite decodes to NaN */
 }
