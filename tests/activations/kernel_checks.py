@@ -43,7 +43,8 @@ CHANNELS = {
     "live": st.booleans(),
     "wanted": st.tuples(*[st.booleans()] * 3),
 }
-GATES = {**ROWS, "name": st.sampled_from(("gelu", "gelu_tanh", "quick_gelu", "silu", "mish", "relu", "hardswish"))}
+# of smooth functions: where a slope jumps, the last bit of a decoded gate decides
+GATES = {**ROWS, "name": st.sampled_from(("gelu", "gelu_tanh", "quick_gelu", "silu", "mish", "tanh"))}
 POOLS = {
     "dtype": st.sampled_from(DTYPES),
     "bits": st.sampled_from((4, 8)),
