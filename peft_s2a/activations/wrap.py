@@ -136,8 +136,9 @@ def quantize_activations(
         tile_dim = 0 if module in blocks else 1 if _is_mlp(module) else None
         module.__class__ = _quantized_class(_stock_class(module))
         producer = producers.get(module) if config.backend != "reference" else None
+        working_set = _WORKING_SET if tile_dim is None else _working_set(module)
         module._activation_settings = _Settings(
-            OperatorMode(config, name), tile_dim, later.get(module, 0.0), _working_set(module), producer
+            OperatorMode(config, name), tile_dim, later.get(module, 0.0), working_set, producer
         )
     return model
 

@@ -43,8 +43,8 @@ CHANNELS = {
     "live": st.booleans(),
     "wanted": st.tuples(*[st.booleans()] * 3),
 }
-# of smooth functions: where a slope jumps, the last bit of a decoded gate decides
-GATES = {**ROWS, "name": st.sampled_from(("gelu", "gelu_tanh", "quick_gelu", "silu", "mish", "tanh"))}
+GATES = {**ROWS, "name": st.sampled_from(("gelu", "gelu_tanh", "quick_gelu", "silu", "mish", "relu", "hardswish"))}
+JUMPS = {"relu": (0.0,), "hardswish": (-3.0, 3.0)}  # of slopes
 POOLS = {
     "dtype": st.sampled_from(DTYPES),
     "bits": st.sampled_from((4, 8)),
@@ -136,7 +136,8 @@ def check_norms(
 ) -> None:
     x, grad = (random((rows, count), dtype, seed + i, device=device) for i in range(2))
     weight = random(count, dtype, seed + 2, device=device) if weighted else None
-    by_column = by_column and rows > 1  # one row and its column means cancel
+    # one row and its column means cancel, as do normalised rows of one or two values
+    by_column = by_column and rows > 1 and count > 1 + center
     ours, theirs = (
         each.encode_norm(x, 1e-5, center, by_column, bits, group, rounding) for each in (backend, reference)
     )
@@ -156,11 +157,24 @@ def check_sums_over_many_rows(backend: ModuleType, device) -> None:
 
 
 def _check_norm_gradients(backend: ModuleType, grad, coded, weight, center, bits, group, wanted, ulps) -> None:
+    packed, scales, rstd, columns = coded
+    x_hat = reference.decode_groups(packed, scales, bits, group, grad.shape[1], torch.float32)
+    if columns.numel():
+        mean, deviation = columns.float()
+        x_hat = x_hat * deviation + mean
+    scale = rstd[:, None] if weight is None else rstd[:, None] * weight
     arguments = grad, *coded, weight, center, bits, group, wanted
-    for ours, theirs, want in zip(backend.norm_backward(*arguments), reference.norm_backward(*arguments), wanted):
-        assert ours.shape == theirs.shape
-        if want:
-            assert_close(ours, theirs, ulps=ulps if theirs.dtype == torch.float32 else 2)
+    gradients = backend.norm_backward(*arguments), reference.norm_backward(*arguments)
+    _check_gradients(*gradients, wanted, grad, x_hat, scale, 0, ulps)
+
+
+def _check_gradients(ours, theirs, wanted, grad: Tensor, x_hat: Tensor, scale: Tensor, dims, ulps) -> None:
+    """Of input, weight and bias: differences, and sums over ``dims``, are as right as the size of their terms allows."""
+    sizes = (grad * scale).abs(), *(terms.float().square().sum(dims).sqrt() for terms in (grad * x_hat, grad))
+    for our, their, want, size in zip(ours, theirs, wanted, sizes):
+        assert our.shape == their.shape
+        if want and size.numel():
+            assert_close(our, their, ulps if their.dtype == torch.float32 else 2, size.max())
 
 
 def check_heads(
@@ -240,17 +254,17 @@ def check_channels(
     backend: ModuleType, device, dtype, bits, seed, rows, channels, count, group, rounding, weighted, live, wanted
 ) -> None:
     x, grad = (random((rows, channels, count), dtype, seed + i, device=device) for i in range(2))
-    mean, rstd = random(channels, torch.float32, seed + 2, device=device), torch.rand(channels, device=device) + 0.5
+    mean, rstd = (random(channels, torch.float32, seed + i, device=device) for i in (2, 4))
+    rstd = rstd.abs() + 0.5
     weight = random(channels, dtype, seed + 3, device=device) if weighted else None
     theirs = reference.encode_channels(x, mean, rstd, bits, group, rounding)
     for our, their in zip(backend.encode_channels(x, mean, rstd, bits, group, rounding), theirs):
         assert_same_codes(our, their)
+    x_hat = reference.decode_groups(*theirs, bits, group, channels * count, torch.float32).view(grad.shape)
+    scale = (rstd if weight is None else rstd * weight)[:, None]
     arguments = *theirs, rstd, weight, live, bits, group, list(wanted)
-    ours, theirs = (each.batch_norm_backward(grad, *arguments) for each in (backend, reference))
-    for our, their, want in zip(ours, theirs, wanted):
-        assert our.shape == their.shape
-        if want:
-            assert_close(our, their, ulps=32 if their.dtype == torch.float32 else 2)
+    gradients = (each.batch_norm_backward(grad, *arguments) for each in (backend, reference))
+    _check_gradients(*gradients, wanted, grad, x_hat, scale, (0, 2), ulps=32)
 
 
 def check_softmax(backend: ModuleType, device, dtype, bits, seed, rows, count, group, rounding) -> None:
@@ -273,7 +287,13 @@ def check_gates(backend: ModuleType, device, dtype, bits, seed, rows, count, gro
     largest = (
         torch.cat([x.flatten().double().abs() for x in (grad, *factors)] + [torch.ones(1, device=device)]).max() ** 2
     )
-    for ours, theirs in zip(*(each.gated_backward(grad, *arguments) for each in (backend, reference))):
+    decoded = reference.decode_groups(*coded[0], bits, group, count, torch.float32)
+    # at a jump the last bit of a decoded gate decides
+    elsewhere = torch.ones_like(grad)
+    for jump in JUMPS.get(name, ()):
+        elsewhere[(decoded - jump).abs() < 1e-5] = 0
+    gradients = (each.gated_backward(grad, *arguments) for each in (backend, reference))
+    for ours, theirs in zip(*((d_gate * elsewhere, d_up) for d_gate, d_up in gradients)):
         assert_close(ours, theirs, ulps=16 if dtype == torch.float32 else 2, largest=largest)
 
 
