@@ -214,8 +214,9 @@ def max_pool2d_backward(
     for d, part in zip((0, 1), (place // kernel_size[1], place % kernel_size[1])):
         start = torch.arange(grad.shape[d - 2], device=grad.device) * stride[d] - padding[d]
         index = index * width + part.to(torch.int64).mul_(dilation[d]).add_(start.view(-1, *[1] * (1 - d)))
-    d_x = grad.new_zeros(*grad.shape[:-2], height * width)
-    return d_x.scatter_add_(-1, index.flatten(-2), grad.flatten(-2)).view(*grad.shape[:-2], height, width)
+    d_x = grad.new_zeros(*grad.shape[:-2], height * width, dtype=codec.math_dtype(grad.dtype))
+    d_x.scatter_add_(-1, index.flatten(-2), grad.flatten(-2).to(d_x.dtype))
+    return d_x.view(*grad.shape[:-2], height, width).to(grad.dtype)
 
 
 def encode_heads(
