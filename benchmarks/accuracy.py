@@ -1,13 +1,14 @@
 """What accuracy each way of fine-tuning reaches for the memory it takes, and whether quantised activations cost any.
 
     python benchmarks/accuracy.py CACHE                       # setting "full": for a GPU
-    python benchmarks/accuracy.py CACHE --setting medium      # an hour on two CPU cores
+    python benchmarks/accuracy.py CACHE --setting medium      # two hours on two CPU cores
 
 A real backbone, DINOv2-small (`dinov2.py` puts it into CACHE), is fine-tuned on a few Fashion-MNIST images and on
 scikit-learn's handwritten digits. All methods get the same images, batches, epochs, optimizer (AdamW, no weight decay)
-and schedule (one cycle), and as many learning rates to choose from: `FACTORS` times the family's usual one, compared
-on validation images with a seed that is not used again. Variants that differ only in what is kept for backward share
-one rate, searched in full precision. The linear probe trains on features that are computed once.
+and schedule (one cycle), and the same search for a learning rate, on validation images and with a seed that is not
+used again: the family's usual one, one `STEP` below and one above it, and further ones as long as the best is the
+lowest or the highest. Variants that differ only in what is kept for backward share one rate, searched in full
+precision. The linear probe trains on features that are computed once.
 
 Test accuracy is given as mean and standard deviation over seeds (head, adapter, order of the images); memory is that
 of `peft_s2a.profile_memory` at the same image and batch size. The result file is written after every run, and a run
@@ -21,6 +22,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 import multiprocessing
 import statistics
 import time
@@ -55,7 +57,7 @@ from peft_s2a import (
 from peft_s2a.memory.methods import METHODS as PLANNED
 
 
-FACTORS = (0.4, 1.0, 2.5)
+STEP = 2.5  # between the learning rates of a search
 SEARCH_SEED = 1000
 CALIBRATION = {"batches": 1, "batch_size": 16}  # of training images
 
@@ -110,7 +112,7 @@ class Method:
 
     Attributes:
         apply: Makes a model with a new head trainable this way.
-        rate: The usual learning rate, the middle of those that are searched.
+        rate: The usual learning rate, where the search starts.
         family: The method whose learning rate it takes instead, "" for its own.
     """
 
@@ -176,7 +178,7 @@ SETTINGS = {
         seeds=(0, 1, 2, 3, 4), methods={"fashion-mnist": tuple(METHODS), "digits": tuple(METHODS)},
     ),
     "medium": Setting(
-        image_size=56, train_images=300, validation_images=300, test_images=1500, epochs=5, batch_size=20,
+        image_size=56, train_images=1000, validation_images=500, test_images=10_000, epochs=5, batch_size=25,
         seeds=(0, 1, 2), methods={"fashion-mnist": MANY, "digits": FEW},
     ),
     "reduced": Setting(
@@ -301,22 +303,39 @@ class Study:
         }
 
 
-def rates(method: str) -> list[float]:
-    """The learning rates that are searched."""
-    return [float(f"{factor * METHODS[method].rate:.3g}") for factor in FACTORS]
-
-
 def family(method: str) -> str:
     return METHODS[method].family or method
 
 
-def search_jobs(setting: Setting) -> Iterator[Job]:
-    """What does not depend on anything: memory, and the search for learning rates."""
+def searched(result: dict[str, Any], dataset: str, method: str) -> dict[float, float]:
+    """Validation accuracy in percent by learning rate, of the method's family."""
+    key = (dataset, family(method), "validation")
+    rows = (row for row in result["runs"] if (row["dataset"], row["method"], row["split"]) == key)
+    return {row["rate"]: row["accuracy"] for row in rows}
+
+
+def best_rate(result: dict[str, Any], dataset: str, method: str) -> float:
+    """The searched rate with the highest validation accuracy, of equally good ones the lowest; without a search the
+    usual one."""
+    found = searched(result, dataset, method)
+    return min(found, key=lambda rate: (-found[rate], rate)) if found else METHODS[family(method)].rate
+
+
+def rates_to_search(result: dict[str, Any], dataset: str, method: str) -> list[float]:
+    """The usual learning rate and its neighbours, then the next one while the best lies at an end."""
+    found, best = searched(result, dataset, method), best_rate(result, dataset, method)
+    around = [float(f"{best * factor:.2g}") for factor in (1 / STEP, 1, STEP)]
+    return [rate for rate in around if not any(math.isclose(rate, other, rel_tol=0.1) for other in found)]
+
+
+def search_jobs(setting: Setting, result: dict[str, Any]) -> Iterator[Job]:
+    """What tests wait for: memory, and the search for learning rates, to be asked for again until there is nothing
+    left of it."""
     for method in dict.fromkeys(method for methods in setting.methods.values() for method in methods):
         yield Job("memory", next(iter(setting.methods)), {"method": method})
     for dataset, methods in setting.methods.items():
         for method in dict.fromkeys(map(family, methods)) if setting.search else ():
-            for rate in rates(method):
+            for rate in rates_to_search(result, dataset, method):
                 key = {"dataset": dataset, "method": method, "rate": rate, "seed": SEARCH_SEED, "split": "validation"}
                 yield Job("runs", dataset, key)
 
@@ -329,16 +348,6 @@ def test_jobs(setting: Setting, result: dict[str, Any]) -> Iterator[Job]:
                 rate = best_rate(result, dataset, method)
                 key = {"dataset": dataset, "method": method, "rate": rate, "seed": seed, "split": "test"}
                 yield Job("runs", dataset, key)
-
-
-def best_rate(result: dict[str, Any], dataset: str, method: str) -> float:
-    """The searched rate with the highest validation accuracy; without a search the usual one."""
-    found = [
-        row
-        for row in result["runs"]
-        if (row["dataset"], row["method"], row["split"]) == (dataset, family(method), "validation")
-    ]
-    return max(found, key=lambda row: row["accuracy"])["rate"] if found else METHODS[family(method)].rate
 
 
 @functools.cache
@@ -375,10 +384,13 @@ def run_all(path: Path, header: dict[str, Any], folder: Path, setting: Setting, 
     context = multiprocessing.get_context("spawn")
     threads = max(1, torch.get_num_threads() // workers)
     with ProcessPoolExecutor(workers, context, start_worker, (threads,)) as pool:
-        for stage in (lambda: search_jobs(setting), lambda: test_jobs(setting, result)):
-            missing = [job for job in stage() if not any(job.key.items() <= row.items() for row in result[job.table])]
-            futures = [pool.submit(do, job, folder, setting, device) for job in missing]
-            tables = {future: job.table for future, job in zip(futures, missing)}
+
+        def missing(jobs: Iterator[Job]) -> list[Job]:
+            return [job for job in jobs if not any(job.key.items() <= row.items() for row in result[job.table])]
+
+        while jobs := missing(search_jobs(setting, result)) or missing(test_jobs(setting, result)):
+            futures = [pool.submit(do, job, folder, setting, device) for job in jobs]
+            tables = {future: job.table for future, job in zip(futures, jobs)}
             for future in (progress := tqdm(as_completed(futures), total=len(futures), unit="run")):
                 row = future.result()
                 result[tables[future]].append(row)

@@ -65,19 +65,28 @@ def test_the_linear_probe_learns_from_the_backbones_features(folder):
     assert study.run("linear probe", 3e-2, 0, "test") == 100
 
 
-def test_every_method_searches_as_many_rates_and_quantised_variants_share_one():
+def test_every_family_searches_around_its_usual_rate_and_quantised_variants_share_one():
     for setting in (SETTINGS["full"], SETTINGS["medium"]):
-        keys = [job.key for job in accuracy.search_jobs(setting) if job.table == "runs"]
+        keys = [job.key for job in accuracy.search_jobs(setting, {"runs": []}) if job.table == "runs"]
         for dataset, methods in setting.methods.items():
-            for method in methods:
-                rates = {
-                    key["rate"]
-                    for key in keys
-                    if (key["dataset"], key["method"]) == (dataset, accuracy.family(method))
-                }
-                assert len(rates) == len(accuracy.FACTORS), (dataset, method)
+            for family in map(accuracy.family, methods):
+                rates = sorted(key["rate"] for key in keys if (key["dataset"], key["method"]) == (dataset, family))
+                assert len(rates) == 3 and rates[1] == METHODS[family].rate
         assert not any(key["method"] == "S2A, 2 bits" for key in keys)
         assert all(key["split"] == "validation" and key["seed"] not in setting.seeds for key in keys)
+
+
+@pytest.mark.parametrize("best", [1e-6, 2e-3, 1.0])
+def test_the_search_goes_on_until_the_best_rate_has_neighbours(best):
+    setting, runs = replace(SETTING, methods={"toy": ("LoRA",)}), []
+    for _ in range(20):
+        jobs = [job for job in accuracy.search_jobs(setting, {"runs": runs}) if job.table == "runs"]
+        if not jobs:
+            break
+        runs += [{**job.key, "accuracy": -abs(math.log(job.key["rate"] / best))} for job in jobs]
+    rates = sorted(run["rate"] for run in runs)
+    assert len(set(rates)) == len(rates) and rates[0] < accuracy.best_rate({"runs": runs}, "toy", "LoRA") < rates[-1]
+    assert accuracy.best_rate({"runs": runs}, "toy", "LoRA") == pytest.approx(best, rel=0.7)
 
 
 def test_the_rate_with_the_best_validation_accuracy_is_taken():
