@@ -22,7 +22,9 @@ Writes `benchmarks/results/memory_and_speed-<preset>-<device>.json`, and beside 
 from __future__ import annotations
 
 import argparse
+import collections
 import functools
+import gc
 import statistics
 import time
 import warnings
@@ -63,6 +65,7 @@ MiB = 2**20
 NUM_LABELS = 100
 Apply = Callable[[nn.Module], nn.Module]
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
+SKIPPING = (ValueError, TypeError, AttributeError, RuntimeError, MemoryError)  # out of memory is a RuntimeError
 
 
 class WithoutTokenMean(ActivationQuantizationConfig):
@@ -247,19 +250,87 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
 
 
+class SharedParameters:
+    """Storage of frozen parameters that the models of a case have in common: all of them are alive at once, and most
+    of what each holds is equal."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple, list[torch.Tensor]] = collections.defaultdict(list)
+
+    def share(self, model: nn.Module) -> None:
+        """Each frozen parameter that equals one of an earlier model takes its storage. Within a model nothing is
+        merged."""
+        unused = {key: list(tensors) for key, tensors in self._found.items()}
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                continue
+            key = (parameter.shape, parameter.stride(), parameter.dtype, parameter.device)
+            candidates = unused.get(key, [])
+            index = next((i for i, tensor in enumerate(candidates) if torch.equal(tensor, parameter)), None)
+            if index is None:
+                self._found[key].append(parameter.detach())
+            else:
+                parameter.data = candidates.pop(index)
+
+
 def training_step(model: nn.Module, batch: dict[str, torch.Tensor], make_optimizer: MakeOptimizer,
-                  autocast: bool) -> Callable[[], None]:  # fmt: skip
+                  autocast: bool) -> Callable[[], torch.Tensor]:  # fmt: skip
+    """A step of training, whose loss is returned."""
     optimizer = make_optimizer(model)
     device = batch["pixel_values"].device.type
 
-    def step() -> None:
+    def step() -> torch.Tensor:
         with torch.autocast(device, torch.bfloat16, enabled=autocast):
             loss = model(**batch).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        return loss.detach()
 
     return step
+
+
+def prepare(case: Case, method: Method, batch: dict[str, torch.Tensor], seed: int,
+            shared: SharedParameters) -> tuple[Callable[[], torch.Tensor], dict[str, Any]]:  # fmt: skip
+    """A training step, taken once, and what it takes in memory."""
+    torch.manual_seed(seed)
+    device = batch["pixel_values"].device.type
+    model = method.apply(build(case, device)).to(device).train()
+    shared.share(model)
+    make_optimizer = method.optimizer or adamw
+    report = profile_memory(
+        model,
+        batch,
+        optimizer=lambda parameters: make_optimizer(model),
+        autocast=torch.bfloat16 if case.autocast else None,
+    )
+    step = training_step(model, batch, make_optimizer, case.autocast)
+    return step, {
+        "trainable": report.trainable_parameters,
+        "parameters": report.total_parameters,
+        "saved_bytes_per_image": report.saved_bytes / case.batch_size,
+        "peak_bytes": report.step_peak_bytes,
+        "first_loss": step().item(),
+    }
+
+
+def duration(step: Callable[[], torch.Tensor]) -> float:
+    """Seconds that a step takes."""
+    start = time.perf_counter()
+    step().item()  # waits for the device
+    return time.perf_counter() - start
+
+
+def reason(error: Exception) -> str:
+    """Why a method was skipped, in a line."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def release_memory() -> None:
+    """Gives back what a failed step held, which the cycles of its models and tracebacks would keep for a while."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def measure(case: Case, rounds: int, seed: int, device: str) -> list[dict[str, Any]]:
@@ -270,52 +341,34 @@ def measure(case: Case, rounds: int, seed: int, device: str) -> list[dict[str, A
         "pixel_values": torch.randn(case.batch_size, 3, size, size, generator=generator).to(device),
         "labels": torch.randint(0, NUM_LABELS, (case.batch_size,), generator=generator).to(device),
     }
-    shared = {name: value for name, value in asdict(case).items() if name != "methods"}
-    rows: dict[str, dict[str, Any]] = {}
-    steps = {}
+    circumstances = {name: value for name, value in asdict(case).items() if name != "methods"}
+    measured: dict[str, dict[str, Any]] = {}
+    steps: dict[str, Callable[[], torch.Tensor]] = {}
+    shared = SharedParameters()
     label = f"{case.backbone}, batch {case.batch_size}, {size} px"
     for name in tqdm(case.methods, desc=f"{label}: prepare"):
-        method = METHODS[name]
-        make_optimizer = method.optimizer or adamw
-        rows[name] = {**shared, "method": name}
-        torch.manual_seed(seed)
         try:
-            model = method.apply(build(case, device)).to(device).train()
-            report = profile_memory(
-                model,
-                batch,
-                optimizer=lambda parameters, model=model, make=make_optimizer: make(model),
-                autocast=torch.bfloat16 if case.autocast else None,
-            )
-            steps[name] = training_step(model, batch, make_optimizer, case.autocast)
-            steps[name]()
-        except (
-            ValueError,
-            TypeError,
-            AttributeError,
-            NotImplementedError,
-            RuntimeError,
-        ) as error:  # also out of memory
-            steps.pop(name, None)
-            rows[name]["skipped"] = (str(error) or type(error).__name__).splitlines()[0]
-            continue
-        rows[name] |= {
-            "trainable": report.trainable_parameters,
-            "parameters": report.total_parameters,
-            "saved_bytes_per_image": report.saved_bytes / case.batch_size,
-            "peak_bytes": report.step_peak_bytes,
-        }
+            steps[name], measured[name] = prepare(case, METHODS[name], batch, seed, shared)
+        except SKIPPING as error:
+            measured[name] = {"skipped": reason(error)}
+        if name not in steps:  # only here, where no traceback is alive any more
+            release_memory()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in tqdm(range(rounds), desc=f"{label}: rounds"):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if device != "cpu":
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - start)
-    for name, times in seconds.items():
-        rows[name] |= {"step_seconds": statistics.median(times), "all_step_seconds": times}
-    return list(rows.values())
+        for name in list(steps):
+            try:
+                seconds[name].append(duration(steps[name]))
+            except SKIPPING as error:  # memory that sufficed for a while
+                measured[name] = {"skipped": reason(error)}
+                del steps[name]
+            if name not in steps:
+                release_memory()
+    for name in steps:
+        measured[name] |= {
+            "step_seconds": statistics.median(seconds[name]),
+            "all_step_seconds": seconds[name],
+        }
+    return [{**circumstances, "method": name, **values} for name, values in measured.items()]
 
 
 AXES: dict[str, Callable[[dict[str, Any]], int]] = {

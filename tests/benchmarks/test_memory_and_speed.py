@@ -1,8 +1,11 @@
 """The memory and speed benchmark's logic, on models of a few thousand parameters."""
 
+import weakref
+
 import memory_and_speed
 import pytest
-from memory_and_speed import METHODS, PRESETS, Case, measure
+import torch
+from memory_and_speed import METHODS, PRESETS, Case, Method, SharedParameters, measure
 from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
 
 
@@ -54,6 +57,114 @@ def test_what_a_backbone_does_not_support_is_skipped():
     rows = measure(Case("resnet50", methods, batch_size=2, image_size=32), rounds=1, seed=0, device="cpu")
     assert ["skipped" in row for row in rows] == [True, True, True, False]
     assert "does not support gradient checkpointing" in rows[0]["skipped"]
+
+
+def storage_bytes(*models):
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for m in models for p in m.parameters()}
+    return sum(storages.values())
+
+
+def applied(name, case):
+    torch.manual_seed(0)
+    return METHODS[name].apply(small_model(case, "cpu")).train()
+
+
+@pytest.mark.parametrize("name", ["linear probe", "LoRA", "OFT", "S2A"])
+def test_frozen_parameters_of_a_second_model_cost_nothing(name):
+    case, shared = Case("vit-b", (), 2, 32), SharedParameters()
+    first, second = applied("IA3", case), applied(name, case)
+    alone = {key: value.clone() for key, value in second.state_dict().items()}
+    own = sum(p.nbytes for p in second.parameters() if p.requires_grad)
+    new = sum(p.nbytes for key, p in second.named_parameters() if "side" in key and not p.requires_grad)
+    before = storage_bytes(first)
+    shared.share(first)
+    assert storage_bytes(first) == before  # its many equal biases stay apart
+    shared.share(second)
+    assert storage_bytes(first, second) == before + own + new
+    assert all(torch.equal(value, alone[key]) for key, value in second.state_dict().items())
+
+
+def test_parameters_that_differ_or_are_trained_are_not_shared():
+    first, second = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+    second.load_state_dict(first.state_dict())
+    first.requires_grad_(False)
+    second.weight.requires_grad_(False)[0, 0] += 1
+    shared = SharedParameters()
+    shared.share(first)
+    shared.share(second)
+    assert storage_bytes(first, second) == storage_bytes(first) + storage_bytes(second)
+
+
+@pytest.mark.parametrize("name", ["LoRA-FA", "IA3", "OFT", "LN tuning", "S2A", "S2A ladder"])
+def test_sharing_changes_no_result(vit_rows, name):
+    (alone,) = measure(Case("vit-b", (name,), batch_size=2, image_size=32), rounds=1, seed=0, device="cpu")
+    for key in ("saved_bytes_per_image", "peak_bytes", "first_loss", "trainable", "parameters"):
+        assert vit_rows[name][key] == alone[key], key
+
+
+@pytest.mark.parametrize("backbone", ["vit-b", "resnet50"])
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("prompt tuning", "prefix tuning")])
+def test_no_method_changes_what_models_share(backbone, name):
+    case = Case(backbone, (), 2, 32)
+    try:
+        model = applied(name, case)
+    except ValueError:
+        pytest.skip(f"{backbone} does not support {name}")
+    batch = {"pixel_values": torch.randn(2, 3, 32, 32), "labels": torch.tensor([3, 5])}
+    frozen = {key: p for key, p in model.named_parameters() if not p.requires_grad}
+    before = {key: p.clone() for key, p in frozen.items()}
+    step = memory_and_speed.training_step(model, batch, METHODS[name].optimizer or memory_and_speed.adamw, False)
+    try:
+        losses = [step() for _ in range(2)]
+    except RuntimeError:
+        pytest.skip(f"{backbone} does not support {name}")
+    assert losses[0] != losses[1]
+    assert all(torch.equal(p, before[key]) for key, p in frozen.items())
+
+
+def out_of_memory_after(steps):
+    """LoRA on a model that runs out of memory after as many forward passes."""
+
+    def apply(model):
+        def count(*_):
+            nonlocal steps
+            steps -= 1
+            if steps < 0:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore details")
+
+        model.register_forward_hook(count)
+        return METHODS["LoRA"].apply(model)
+
+    return Method(apply)
+
+
+@pytest.mark.parametrize("steps", [0, 3, 5, 6])  # the preparation takes 5, and each of two rounds 1
+def test_running_out_of_memory_ends_a_method_and_not_the_run(monkeypatch, steps):
+    monkeypatch.setitem(METHODS, "large", out_of_memory_after(steps))
+    large, small = measure(Case("vit-b", ("large", "LoRA"), 2, 32), rounds=2, seed=0, device="cpu")
+    assert large["skipped"] == "CUDA out of memory. Tried to allocate" and "peak_bytes" not in large
+    assert len(small["all_step_seconds"]) == 2
+
+
+@pytest.mark.parametrize("steps", [0, 5])
+def test_what_a_failed_method_held_is_freed_before_the_next_step(monkeypatch, steps):
+    failing, next_one = out_of_memory_after(steps), METHODS["LoRA"]
+    models = []
+
+    def remembered(model):
+        models.append(weakref.ref(model))
+        model.itself = [model]  # a cycle
+        return failing.apply(model)
+
+    def checked(model):
+        model.register_forward_hook(lambda *_: alive.append(models[0]() is not None))
+        return next_one.apply(model)
+
+    alive = []
+    monkeypatch.setitem(METHODS, "large", Method(remembered))
+    monkeypatch.setitem(METHODS, "checked", Method(checked))
+    measure(Case("vit-b", ("large", "checked"), 2, 32), rounds=2, seed=0, device="cpu")
+    assert alive == ([False] * 7 if steps == 0 else [True] * 5 + [False] * 2)
 
 
 def test_depth_can_be_changed():
