@@ -56,21 +56,23 @@ def lora(model: nn.Module, **settings: Any) -> nn.Module:
 
 
 def lora_targets(model: nn.Module) -> list[str]:
-    """Query and value projections, or all convolutions where there are none.
+    """Query and value projections; without attention all other linear layers; without those all convolutions that are
+    not depthwise. The task head is none of them.
 
     Raises:
-        ValueError: If the model has neither.
+        ValueError: If the model has none of these.
     """
     from peft_s2a.tuners.targets import FUSED_NAMES, QUERY_NAMES, VALUE_NAMES
 
     heads = _heads(model)
-    layers = [(name, layer) for name, layer in model.named_modules() if not _in_any(name, heads)]
+    layers = {name: layer for name, layer in model.named_modules() if not _in_any(name, heads)}
+    linears = [name for name, layer in layers.items() if isinstance(layer, nn.Linear)]
     attention_names = FUSED_NAMES | QUERY_NAMES | VALUE_NAMES
-    targets = [
-        name for name, layer in layers if isinstance(layer, nn.Linear) and name.rpartition(".")[2] in attention_names
-    ] or [name for name, layer in layers if isinstance(layer, nn.Conv2d) and layer.groups == 1]
+    projections = [name for name in linears if name.rpartition(".")[2] in attention_names]
+    convolutions = [name for name, layer in layers.items() if isinstance(layer, nn.Conv2d) and layer.groups == 1]
+    targets = projections or linears or convolutions
     if not targets:
-        raise ValueError("the model has neither query and value projections nor convolutions")
+        raise ValueError("the model has neither linear layers nor convolutions beside its head")
     return targets
 
 
@@ -104,7 +106,7 @@ METHODS: dict[str, Method] = {
         Method("full", "all parameters", _full),
         Method("linear", "task head only", _linear),
         Method("bias", "biases (BitFit) and head", _bias),
-        Method("lora", "LoRA, r = 8 on q and v, or convolutions", lora),
+        Method("lora", "LoRA, r = 8 on q and v, or linears, or convolutions", lora),
         Method("lora+checkpointing", "LoRA, activations recomputed", checkpointed(lora)),
         Method("s2a", "bias, prompt and side", _s2a()),
         Method("s2a-bias", "S2A, bias only", _s2a(structures=("bias",))),

@@ -5,7 +5,7 @@ import torch
 from transformers import ViTConfig
 
 from peft_s2a.memory import estimate_memory
-from peft_s2a.memory.methods import METHODS, Method
+from peft_s2a.memory.methods import METHODS, Method, lora_targets
 from peft_s2a.memory.models import KNOWN_MODELS, VisionModel, find_model
 from peft_s2a.memory.plan import plan_memory
 
@@ -43,6 +43,26 @@ def test_unsupported_method_is_a_row_with_its_problem():
 def test_checkpointing_is_refused_where_the_model_has_none():
     with pytest.raises(ValueError, match="does not support gradient checkpointing"):
         METHODS["lora+checkpointing"].apply(find_model("resnet18").build())
+
+
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [
+        ("vit-s", {"q_proj", "v_proj"}),
+        ("swin-t", {"q_proj", "v_proj"}),
+        ("convnext-t", {"pwconv1", "pwconv2"}),
+        ("resnet18", {"convolution"}),
+    ],
+)
+def test_lora_is_put_on_projections_or_linears_or_convolutions_but_no_head(name, targets):
+    assert {target.rpartition(".")[2] for target in lora_targets(find_model(name).build())} == targets
+
+
+def test_lora_is_refused_where_there_is_only_a_head():
+    head = torch.nn.Sequential()
+    head.add_module("classifier", torch.nn.Linear(4, 2))
+    with pytest.raises(ValueError, match="beside its head"):
+        lora_targets(head)
 
 
 def test_known_models_have_their_sizes():
