@@ -55,6 +55,8 @@ static inline long packed_width(long count, int bits) {
     return (count + per_byte - 1) / per_byte;
 }
 
+typedef uint16_t words8 __attribute__((vector_size(16), aligned(1))); /* sixteen bytes: codes do not cross them when shifted */
+
 EXPORT void pack_row(const uint8_t *codes, long count, int bits, uint8_t *out) {
     if (bits == 8) {
         memcpy(out, codes, count);
@@ -69,12 +71,15 @@ EXPORT void pack_row(const uint8_t *codes, long count, int bits, uint8_t *out) {
             for (long j = 0, n = MIN(high, count - s * high); j < n; j++) out[low + j] |= (codes[s * high + j] >> 2) << s;
         return;
     }
-    long width = packed_width(count, bits);
-    for (int s = 0; s < 8 / bits; s++) {
-        long n = MIN(width, count - s * width);
-        if (s == 0) memcpy(out, codes, n > 0 ? n : 0);
-        else
-            for (long j = 0; j < n; j++) out[j] |= codes[s * width + j] << s * bits;
+    long width = packed_width(count, bits), last = width - (8 * width / bits - count), j = 0; /* of the last plane */
+    for (; j + 16 <= last; j += 16) {
+        words8 bytes = *(const words8 *)(codes + j);
+        for (int s = 1; s < 8 / bits; s++) bytes |= *(const words8 *)(codes + s * width + j) << s * bits;
+        *(words8 *)(out + j) = bytes;
+    }
+    for (; j < width; j++) {
+        out[j] = codes[j];
+        for (int s = 1; s < 8 / bits && s * width + j < count; s++) out[j] |= codes[s * width + j] << s * bits;
     }
 }
 
@@ -86,6 +91,8 @@ INLINE void unpack_plane(const uint8_t *packed, long count, int bits, int place,
     for (long i = 0; i < n; part++) {
         long end = MIN(n, (part + 1) * width - start);
         const uint8_t *from = packed + start - part * width;
+        const words8 masks = (words8){0} + (uint16_t)(mask * 0x0101);
+        for (; !place && i + 16 <= end; i += 16) *(words8 *)(codes + i) = *(const words8 *)(from + i) >> part * bits & masks;
         for (; i < end; i++) codes[i] = (place ? codes[i] : 0) | (from[i] >> part * bits & mask) << place;
     }
 }
@@ -227,12 +234,13 @@ static inline Scales scales_from(const uint8_t *scales, long groups, long first)
     return (Scales){(uint8_t *)scales + first / UNIT_GROUPS, lows + first, lows + groups + first};
 }
 
-/* The exponents of the units of `groups` groups, given their largest magnitudes: in every lane that of its unit. */
-INLINE index16 exponents_of(vector16 magnitude, long groups) {
+/* The exponents of the units of `groups` groups, `per_unit` (1, 2 or 4) each, given their largest magnitudes: in every lane that
+ * of its unit. */
+INLINE index16 exponents_of(vector16 magnitude, long groups, int per_unit) {
     const index16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     magnitude = (vector16)((index16)magnitude & (lane < (int32_t)MIN(groups, 16)));
-    magnitude = larger16(magnitude, __builtin_shuffle(magnitude, lane ^ 1));
-    magnitude = larger16(magnitude, __builtin_shuffle(magnitude, lane ^ 2));
+    if (per_unit > 1) magnitude = larger16(magnitude, __builtin_shuffle(magnitude, lane ^ 1));
+    if (per_unit > 2) magnitude = larger16(magnitude, __builtin_shuffle(magnitude, lane ^ 2));
     /* that of magnitude / 127, rounded up: 127 is 0x42FE0000, and what is below 64 of the smallest floats rounds to zero */
     index16 word = (index16)magnitude & 0x7FFFFFFF; /* zero may be negative */
     index16 exponent = (word - 0x3000000 + 0x1FFFF) >> 23;
@@ -247,7 +255,7 @@ INLINE vector16 rounded_bound(vector16 bound, vector16 inverse_unit) {
 
 /* Code up to CHUNK groups: one code a byte to `codes`. Behind x and codes there is room up to 15 further elements,
  * which in x are equal to the last. `position` is that of the first value in the tensor. */
-static void encode_chunk(const float *x, long count, int bits, long group, long groups, const int64_t *seed,
+static void encode_chunk(const float *x, long count, int bits, long group, long groups, int per_unit, const int64_t *seed,
                          uint32_t position, Scales to, uint8_t *codes) {
     float top = (float)((1 << bits) - 1);
     vector16 low[CHUNK / 16], high[CHUNK / 16], offset[CHUNK / 16], inverse[CHUNK / 16];
@@ -255,11 +263,13 @@ static void encode_chunk(const float *x, long count, int bits, long group, long 
     ranges_of(x, count, group, groups, low, high);
     for (long v = 0; v * 16 < groups; v++) {
         vector16 magnitude = larger16(larger16(low[v], -low[v]), larger16(high[v], -high[v]));
-        index16 exponent = exponents_of(magnitude, groups - v * 16);
+        index16 exponent = exponents_of(magnitude, groups - v * 16, per_unit);
         vector16 unit = (vector16)(exponent << 23);
         vector16 inverse_unit = (vector16)((254 - exponent) << 23 & (exponent != 0) & (exponent != 255));
-        for (long g = 0; g < MIN(16, groups - v * 16); g += UNIT_GROUPS)
-            to.exponents[(v * 16 + g) / UNIT_GROUPS] = (uint8_t)exponent[g];
+        uint8_t exponents[16];
+        to_bytes16(exponent, exponents);
+        for (long g = 0; g < MIN(16, groups - v * 16); g += per_unit)
+            to.exponents[(v * 16 + g) / per_unit] = exponents[g];
         vector16 a = rounded_bound(low[v], inverse_unit), b = rounded_bound(high[v], inverse_unit);
         vector16 step = (b - a) * unit / top; /* divided by once more, so that ties fall as in the reference */
         offset[v] = a * unit, inverse[v] = (vector16)((index16)(1 / step) & (step != 0));
@@ -318,17 +328,47 @@ static void decode_row(const Rows *rows, long row, uint8_t *codes, float *values
     for (long chunk = 0; chunk < rows->chunks; chunk++) decode_part(rows, row, chunk, codes, values + chunk * rows->span);
 }
 
-/* Code and pack row `row`, of which there is `values`, with room as `encode_chunk` wants it. */
-static void encode_row(const Rows *rows, long row, float *values, const int64_t *seed, uint8_t *codes) {
-    long count = rows->count;
-    *(loose16 *)(values + count) = (vector16){0} + values[count - 1];
-    for (long chunk = 0; chunk < rows->chunks; chunk++) {
-        long start = chunk * rows->span, first = chunk * CHUNK;
-        encode_chunk(values + start, MIN(rows->span, count - start), rows->bits, rows->group,
-                     MIN(CHUNK, rows->groups - first), seed, (uint32_t)(row * count + start),
-                     scales_from(rows->scales + row * rows->stride, rows->groups, first), codes + start);
+/* How far apart the values of rows lie that are coded together. */
+static long pitch_of(const Rows *rows) { return rows->groups == 1 ? PAD16(rows->count) : rows->count; }
+
+/* How many rows are coded at a time: several where they consist of one, two or four groups that can be read as whole vectors, since
+ * coding a chunk takes little longer than coding a group. */
+static long rows_together(const Rows *rows, const int64_t *seed) {
+    long groups = rows->groups, pitch = pitch_of(rows), most = 4096 / pitch; /* values that stay in the first cache */
+    if (groups > UNIT_GROUPS || groups == 3 || pitch % 16 || (groups > 1 && pitch % rows->group)) return 1;
+    if (seed && pitch != rows->count) return 1; /* random numbers go by position */
+    return most > CHUNK / groups ? CHUNK / groups : most > 1 ? most : 1;
+}
+
+/* Room for the values (or codes) of `rows_together`. */
+static long room_together(const Rows *rows) { return rows_together(rows, NULL) * PAD16(rows->count) + 16; }
+
+/* Code and pack `n` rows, at most `rows_together`, from row `row` on. */
+static void encode_some_rows(const Rows *rows, long row, long n, float *values, const int64_t *seed, uint8_t *codes) {
+    long count = rows->count, groups = rows->groups, pitch = pitch_of(rows);
+    uint8_t *packed = (uint8_t *)rows->packed + row * rows->width, *scales = (uint8_t *)rows->scales + row * rows->stride;
+    uint32_t position = (uint32_t)(row * count);
+    if (n > 1) {
+        uint8_t exponents[CHUNK];
+        int8_t lows[CHUNK], highs[CHUNK];
+        for (long r = 0; r < n; r++)
+            for (long i = count; i < pitch; i++) values[r * pitch + i] = values[r * pitch + count - 1];
+        encode_chunk(values, n * pitch, rows->bits, groups > 1 ? rows->group : pitch, n * groups, (int)groups, seed, position,
+                     (Scales){exponents, lows, highs}, codes);
+        for (long r = 0; r < n; r++) {
+            Scales to = scales_from(scales + r * rows->stride, groups, 0);
+            *to.exponents = exponents[r];
+            for (long g = 0; g < groups; g++) to.lows[g] = lows[r * groups + g], to.highs[g] = highs[r * groups + g];
+        }
+    } else {
+        *(loose16 *)(values + count) = (vector16){0} + values[count - 1];
+        for (long chunk = 0; chunk < rows->chunks; chunk++) {
+            long start = chunk * rows->span, first = chunk * CHUNK;
+            encode_chunk(values + start, MIN(rows->span, count - start), rows->bits, rows->group, MIN(CHUNK, groups - first),
+                         UNIT_GROUPS, seed, position + (uint32_t)start, scales_from(scales, groups, first), codes + start);
+        }
     }
-    pack_row(codes, count, rows->bits, (uint8_t *)rows->packed + row * rows->width);
+    for (long r = 0; r < n; r++) pack_row(codes + r * pitch, count, rows->bits, packed + r * rows->width);
 }
 
 /* One tile of a matrix product, in registers: c[r, 16 v] (+)= sum over k of a[r, k] b[k, 16 v]. */
@@ -412,25 +452,26 @@ INLINE void gate16(vector16 x, float inner, float cubic, vector16 *value, vector
 }
 
 static inline float sum16(vector16 x) {
-    float sum = 0;
-    for (int k = 0; k < 16; k++) sum += x[k];
-    return sum;
+    const index16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    for (int apart = 8; apart; apart /= 2) x += __builtin_shuffle(x, lane ^ apart);
+    return x[0];
+}
+
+static inline float largest16(vector16 x) {
+    const index16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    for (int apart = 8; apart; apart /= 2) x = larger16(x, __builtin_shuffle(x, lane ^ apart));
+    return x[0];
 }
 
 /* The softmax of a row of `count` scores, in place; a row of nothing but minus infinity becomes zeros. Up to the next multiple of
  * 16 it is filled with zeros. */
 static void softmax_row(float *x, long count) {
-    float top = -INFINITY;
     long padded = PAD16(count);
     if (!count) return;
     for (long i = count; i < padded; i++) x[i] = -INFINITY;
     vector16 tops = *(loose16 *)x;
-    for (long i = 16; i < padded; i += 16) {
-        vector16 v = *(loose16 *)(x + i);
-        index16 larger = v > tops;
-        tops = (vector16)(((index16)v & larger) | ((index16)tops & ~larger));
-    }
-    for (int k = 0; k < 16; k++) top = tops[k] > top ? tops[k] : top;
+    for (long i = 16; i < padded; i += 16) tops = larger16(*(loose16 *)(x + i), tops);
+    float top = largest16(tops);
     if (top == -INFINITY) {
         memset(x, 0, padded * sizeof(float));
         return;
@@ -641,35 +682,39 @@ EXPORT void NAME(encode_rows)(const T *x, long rows, long count, int mode, float
                               const int64_t *seed, const float *columns, long run, uint8_t *packed, uint8_t *scales,
                               float *rstd, int threads) {
     Rows coded = coded_rows(packed, scales, count, bits, group);
+    long together = rows_together(&coded, seed), pitch = pitch_of(&coded);
 #pragma omp parallel num_threads(threads)
     {
-        float *values = malloc((count + 16) * (sizeof(float) + 1));
-        uint8_t *codes = (uint8_t *)(values + count + 16);
+        float *room = malloc(room_together(&coded) * (sizeof(float) + 1));
+        uint8_t *codes = (uint8_t *)(room + room_together(&coded));
 #pragma omp for schedule(static)
-        for (long r = 0; r < rows; r++) {
-            const T *row = x + r * count;
-            float sum = 0, squares = 0, scale = 1;
-            for (long i = 0; i < count; i++) values[i] = LOAD(row[i]);
-            if (mode == 3)
-                for (long i = 0; i < count; i++) values[i] = sqrtf(values[i]);
-            else if (mode) {
-                if (mode == 1)
-                    for (long i = 0; i < count; i++) sum += values[i];
-                float mean = sum / count;
-                for (long i = 0; i < count; i++) values[i] -= mean, squares += values[i] * values[i];
-                rstd[r] = scale = 1 / sqrtf(squares / count + eps);
+        for (long start = 0; start < rows; start += together) {
+            long n = MIN(together, rows - start);
+            for (long r = start; r < start + n; r++) {
+                const T *row = x + r * count;
+                float *values = room + (r - start) * pitch, sum = 0, squares = 0, scale = 1;
+                for (long i = 0; i < count; i++) values[i] = LOAD(row[i]);
+                if (mode == 3)
+                    for (long i = 0; i < count; i++) values[i] = sqrtf(values[i]);
+                else if (mode) {
+                    if (mode == 1)
+                        for (long i = 0; i < count; i++) sum += values[i];
+                    float mean = sum / count;
+                    for (long i = 0; i < count; i++) values[i] -= mean, squares += values[i] * values[i];
+                    rstd[r] = scale = 1 / sqrtf(squares / count + eps);
+                }
+                if (columns && run == 1)
+                    for (long i = 0; i < count; i++) values[i] = (values[i] * scale - columns[i]) * columns[count + i];
+                else if (columns)
+                    for (long c = 0; c < count / run; c++)
+                        for (long i = c * run; i < (c + 1) * run; i++)
+                            values[i] = (values[i] - columns[c]) * columns[count / run + c];
+                else if (scale != 1)
+                    for (long i = 0; i < count; i++) values[i] *= scale;
             }
-            if (columns && run == 1)
-                for (long i = 0; i < count; i++) values[i] = (values[i] * scale - columns[i]) * columns[count + i];
-            else if (columns)
-                for (long c = 0; c < count / run; c++)
-                    for (long i = c * run; i < (c + 1) * run; i++)
-                        values[i] = (values[i] - columns[c]) * columns[count / run + c];
-            else if (scale != 1)
-                for (long i = 0; i < count; i++) values[i] *= scale;
-            encode_row(&coded, r, values, seed, codes);
+            encode_some_rows(&coded, start, n, room, seed, codes);
         }
-        free(values);
+        free(room);
     }
 }
 
@@ -911,10 +956,11 @@ EXPORT void NAME(encode_heads)(const T *x, long samples, long heads, long tokens
                                long stride_n, int center, int bits, long group, const int64_t *seed, uint8_t *packed,
                                uint8_t *scales, uint16_t *mean, int threads) {
     Rows coded = coded_rows(packed, scales, count, bits, group);
+    long together = rows_together(&coded, seed), pitch = pitch_of(&coded), room = room_together(&coded);
 #pragma omp parallel num_threads(threads)
     {
-        float *values = malloc((count + 16) * (2 * sizeof(float) + 1)), *average = values + count + 16;
-        uint8_t *codes = (uint8_t *)(average + count + 16);
+        float *values = malloc(room * (sizeof(float) + 1) + count * sizeof(float)), *average = values + room;
+        uint8_t *codes = (uint8_t *)(average + count);
 #pragma omp for schedule(static)
         for (long head = 0; head < samples * heads; head++) {
             const T *start = x + head / heads * stride_b + head % heads * stride_h;
@@ -928,9 +974,12 @@ EXPORT void NAME(encode_heads)(const T *x, long samples, long heads, long tokens
                     if (mean) mean[head * count + i] = rounded;
                 }
             }
-            for (long n = 0; n < tokens; n++) {
-                for (long i = 0; i < count; i++) values[i] = LOAD(start[n * stride_n + i]) - average[i];
-                encode_row(&coded, head * tokens + n, values, seed, codes);
+            for (long first = 0; first < tokens; first += together) {
+                long n = MIN(together, tokens - first);
+                for (long r = 0; r < n; r++)
+                    for (long i = 0; i < count; i++)
+                        values[r * pitch + i] = LOAD(start[(first + r) * stride_n + i]) - average[i];
+                encode_some_rows(&coded, head * tokens + first, n, values, seed, codes);
             }
         }
         free(values);
