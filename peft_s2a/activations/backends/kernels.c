@@ -374,7 +374,7 @@ static void encode_some_rows(const Rows *rows, long row, long n, float *values, 
 /* One tile of a matrix product, in registers: c[r, 16 v] (+)= sum over k of a[r, k] b[k, 16 v]. */
 INLINE void product_tile(int rows, int vectors, const float *a, long a_row, long a_step, const float *b, long b_step,
                          long inner, float *c, long c_row, int add) {
-    vector16 sums[6][4];
+    vector16 sums[12][4];
     for (int r = 0; r < rows; r++)
         for (int v = 0; v < vectors; v++)
             sums[r][v] = add ? (vector16) * (loose16 *)(c + r * c_row + 16 * v) : (vector16){0};
@@ -391,6 +391,11 @@ INLINE void product_tile(int rows, int vectors, const float *a, long a_row, long
 INLINE void product_columns(int vectors, long rows, const float *a, long a_row, long a_step, const float *b, long b_step,
                             long inner, float *c, long c_row, int add) {
     long i = 0;
+#ifdef __AVX512F__ /* enough sums to keep the multipliers busy, in as many registers */
+    if (vectors == 1)
+        for (; i + 12 <= rows; i += 12)
+            product_tile(12, 1, a + i * a_row, a_row, a_step, b, b_step, inner, c + i * c_row, c_row, add);
+#endif
     for (; i + 6 <= rows; i += 6)
         product_tile(6, vectors, a + i * a_row, a_row, a_step, b, b_step, inner, c + i * c_row, c_row, add);
     a += i * a_row, c += i * c_row;
