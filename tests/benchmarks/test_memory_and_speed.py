@@ -1,5 +1,6 @@
 """The memory and speed benchmark's logic, on models of a few thousand parameters."""
 
+import json
 import weakref
 
 import memory_and_speed
@@ -53,10 +54,18 @@ def test_the_methods_are_what_they_are_called(vit_rows):
 
 
 def test_what_a_backbone_does_not_support_is_skipped():
-    methods = ("LoRA + checkpointing", "VeLoRA", "LN tuning", "S2A")
-    rows = measure(Case("resnet50", methods, batch_size=2, image_size=32), rounds=1, seed=0, device="cpu")
-    assert ["skipped" in row for row in rows] == [True, True, True, False]
-    assert "does not support gradient checkpointing" in rows[0]["skipped"]
+    reasons = {
+        "LoRA + checkpointing": "does not support gradient checkpointing",
+        "VeLoRA": "VeLoRA does not support adapting conv layers",
+        "LoRA-FA": "optimiser for LoRA-FA does not support convolutions",
+        "LN tuning": "no layer normalisation",
+        "prompt tuning": "need a text model",
+        "prefix tuning": "need a text model",
+    }
+    *rows, last = measure(Case("resnet50", (*reasons, "S2A"), 2, 32), rounds=1, seed=0, device="cpu")
+    for row in rows:
+        assert reasons[row["method"]] in row["skipped"]
+    assert "skipped" not in last
 
 
 def storage_bytes(*models):
@@ -197,6 +206,43 @@ def test_ratios_are_to_lora_under_the_same_circumstances():
     assert memory_and_speed.lora_of(rows[3], rows) is rows[2]
     assert memory_and_speed.lora_of(rows[1], rows) is rows[0]
     assert memory_and_speed.lora_of(rows[1], rows[1:]) is None
+
+
+def test_all_methods_start_as_the_base_model(vit_rows):
+    losses = {name: row["first_loss"] for name, row in vit_rows.items() if "skipped" not in row}
+    assert losses == {name: pytest.approx(losses["full fine-tuning"], rel=1e-6) for name in losses}
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["memory_and_speed.py", *map(str, arguments)])
+    memory_and_speed.main()
+
+
+def test_a_run_that_was_cut_is_resumed(monkeypatch, tmp_path):
+    cases = tuple(Case("vit-b", ("LoRA",), size, 32, axis="images") for size in (1, 2))
+    arguments = ("--preset", "small", "--device", "cpu", "--out", tmp_path / "out.json", "--resume")
+    measured = []
+
+    def measure_one(case, *settings):
+        measured.append(case.batch_size)
+        return measure(case, *settings)
+
+    monkeypatch.setattr(memory_and_speed, "measure", measure_one)
+    for count in (1, 2, 2):
+        monkeypatch.setitem(PRESETS, "small", memory_and_speed.Preset(cases[:count], 1))
+        run(monkeypatch, *arguments)
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert measured == [1, 2]
+    assert [row["batch_size"] for row in result["rows"]] == result["slopes"][0]["at"] == [1, 2]
+
+
+def test_other_settings_are_not_resumed(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(PRESETS, "small", memory_and_speed.Preset((Case("vit-b", ("LoRA",), 1, 32),), 1))
+    arguments = ("--preset", "small", "--device", "cpu", "--out", tmp_path / "out.json", "--resume")
+    run(monkeypatch, *arguments)
+    with pytest.raises(SystemExit):
+        run(monkeypatch, *arguments, "--seed", 1)
+    assert "was measured with seed 0, this run would be with 1" in capsys.readouterr().err
 
 
 def test_presets_name_known_methods():
