@@ -111,7 +111,7 @@ def prompted(config_type: type[PromptLearningConfig]) -> Apply:
         try:
             return get_peft_model(model, config_type(task_type="FEATURE_EXTRACTION", num_virtual_tokens=8))
         except (AttributeError, ValueError) as error:
-            raise ValueError(f"PEFT's prompt methods need a text model's configuration ({error})") from error
+            raise ValueError("PEFT's prompt and prefix tuning need a text model") from error
 
     return apply
 
@@ -126,6 +126,8 @@ def ia3(model: nn.Module) -> IA3Config:
 
 
 def oft(model: nn.Module) -> OFTConfig:
+    if model.config.model_type == "convnext":  # as of PEFT 0.21, and it fails with a message about shapes
+        raise ValueError("PEFT's OFT takes the inputs of linear layers for images where they have four dimensions")
     return OFTConfig(oft_block_size=32, target_modules=lora_targets(model))
 
 

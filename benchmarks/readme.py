@@ -66,32 +66,109 @@ def demo(data: Result, path: Path) -> list[str]:
     return [table(header, rows), note(data, about)]
 
 
-def memory(data: Result, path: Path) -> list[str]:
-    """S2A beside what a user could pick instead: of the largest batch, under autocast where that was measured."""
-    methods = ("full fine-tuning", "LoRA", "LoRA + checkpointing", "S2A")
-    rows = [row for row in data["rows"] if row["axis"] is None and "skipped" not in row and row["method"] in methods]
+def training_steps(data: Result) -> tuple[list[Result], dict[str, Result], str]:
+    """The rows of the largest batch, under autocast where that was measured; LoRA's among them by backbone; and under
+    which circumstances they were measured."""
+    rows = [row for row in data["rows"] if row["axis"] is None]
     batch_size = max(row["batch_size"] for row in rows)
     autocast = any(row["autocast"] for row in rows)
     rows = [row for row in rows if (row["batch_size"], row["autocast"]) == (batch_size, autocast)]
-    lora = {row["backbone"]: row for row in rows if row["method"] == "LoRA"}
+    lora = {row["backbone"]: row for row in rows if row["method"] == "LoRA" and "skipped" not in row}
+    about = (
+        f"Batch {batch_size}, 224 x 224, {'bfloat16 autocast' if autocast else 'fp32'}, on {hardware(data)}. Peak: "
+        "what a training step adds to parameters, optimiser state and batch."
+    )
+    return rows, lora, about
+
+
+def ratio(quantity: str, row: Result, base: Result | None) -> str:
+    return f"{row[quantity] / base[quantity]:.2f}" if base else "-"
+
+
+def memory(data: Result, path: Path) -> list[str]:
+    """S2A beside what a user could pick instead."""
+    methods = ("full fine-tuning", "LoRA", "LoRA + checkpointing", "S2A")
+    rows, lora, about = training_steps(data)
     cells = [
         (
             row["backbone"],
             row["method"],
             f"{row['saved_bytes_per_image'] / MiB:.1f}",
             f"{row['peak_bytes'] / MiB:,.0f}",
-            f"{row['peak_bytes'] / lora[row['backbone']]['peak_bytes']:.2f}",
-            f"{row['step_seconds'] / lora[row['backbone']]['step_seconds']:.2f}",
+            *(ratio(quantity, row, lora.get(row["backbone"])) for quantity in ("peak_bytes", "step_seconds")),
         )
         for row in rows
+        if row["method"] in methods and "skipped" not in row
     ]
     header = ("backbone", "method", "kept for backward, MiB/image", "peak, MiB", "peak / LoRA", "step time / LoRA")
-    about = (
-        f"Batch {batch_size}, 224 x 224, {'bfloat16 autocast' if autocast else 'fp32'}, on {hardware(data)}. Peak: "
-        "what a training step adds to parameters, optimiser state and batch. Checkpointing is missing where the "
-        "model class does not support it."
-    )
+    about += " Checkpointing is missing where the model class does not support it."
     return [table(header, cells), note(data, about), picture(path, "peak and step time by method")]
+
+
+def wide(data: Result, path: Path) -> list[str]:
+    """All methods on all backbones, folded, and how the peak grows."""
+    rows, lora, about = training_steps(data)
+    found = {(row["method"], row["backbone"]): row for row in rows}
+    backbones = list(dict.fromkeys(row["backbone"] for row in rows))
+    reasons = list(dict.fromkeys(row["skipped"] for row in rows if "skipped" in row))
+
+    def cell(method: str, backbone: str) -> str:
+        row = found.get((method, backbone))
+        if row is None:
+            return ""
+        if "skipped" in row:
+            return f"({1 + reasons.index(row['skipped'])})"
+        base = lora.get(backbone)
+        return (
+            f"{row['saved_bytes_per_image'] / MiB:.1f}, {ratio('peak_bytes', row, base)}, "
+            f"{ratio('step_seconds', row, base)}"
+        )
+
+    methods = dict.fromkeys(row["method"] for row in rows)
+    cells = [(method, *(cell(method, backbone) for backbone in backbones)) for method in methods]
+    why = " ".join(
+        f"({number}) {reason[0].upper()}{reason[1:].rstrip('.')}." for number, reason in enumerate(reasons, 1)
+    )
+    about = f"Cells: kept for backward in MiB/image, peak / LoRA, step time / LoRA. {about}"
+    parts = [
+        f"<details>\n<summary>{len(cells)} methods on {', '.join(backbones)}</summary>",
+        table(("method", *backbones), cells),
+        f"{note(data, about)} {why}".strip(),
+        picture(path, "peak and step time by method"),
+        "</details>",
+    ]
+    return parts + growth(data)
+
+
+def growth(data: Result) -> list[str]:
+    """What another image, token or block adds to the peak."""
+    slopes = data.get("slopes", [])
+    found = {(row["method"], row["axis"]): row for row in slopes}
+    axes = {row["axis"]: row for row in slopes}
+    titles = {
+        "images": lambda row: "another image",
+        "tokens": lambda row: f"another token in each of {row['batch_size']} images",
+        "blocks": lambda row: f"another block at batch {row['batch_size']}",
+    }
+    if not slopes:
+        return []
+    cells = [
+        (
+            method,
+            *(
+                f"{found[method, axis]['peak_bytes_slope'] / MiB:.3g}" if (method, axis) in found else ""
+                for axis in axes
+            ),
+        )
+        for method in dict.fromkeys(row["method"] for row in slopes)
+    ]
+    header = ("method", *(f"{titles[axis](row)}, MiB" for axis, row in axes.items()))
+    points = "; ".join(f"{axis} {', '.join(map(str, row['at']))}" for axis, row in axes.items())
+    about = (
+        f"What adds how much to the peak of a training step of {slopes[0]['backbone']}: slopes of lines through "
+        f"{points}; on {hardware(data)}."
+    )
+    return [table(header, cells), about]
 
 
 def accuracy(data: Result, path: Path) -> list[str]:
@@ -201,20 +278,21 @@ def plans(data: Result, path: Path) -> list[str]:
 
 
 # name of the section: (which result files, how each is written)
-SECTIONS: dict[str, tuple[str, Callable[[Result, Path], list[str]]]] = {
-    "demo": ("demo.json", demo),
-    "memory": ("memory_and_speed-*.json", memory),
-    "accuracy": ("accuracy-*.json", accuracy),
-    "fidelity": ("fidelity-*.json", fidelity),
-    "kernels": ("kernels-*.json", kernels),
-    "plans": ("plans.json", plans),
+SECTIONS: dict[str, tuple[tuple[str, ...], Callable[[Result, Path], list[str]]]] = {
+    "demo": (("demo.json",), demo),
+    "memory": (("memory_and_speed-main-*.json", "memory_and_speed-full-*.json"), memory),
+    "wide": (("memory_and_speed-wide-*.json", "memory_and_speed-full-*.json"), wide),
+    "accuracy": (("accuracy-*.json",), accuracy),
+    "fidelity": (("fidelity-*.json",), fidelity),
+    "kernels": (("kernels-*.json",), kernels),
+    "plans": (("plans.json",), plans),
 }
 
 
 def section(name: str) -> str:
     """The Markdown of a section, empty without result files."""
     files, write = SECTIONS[name]
-    paths = sorted(path for path in RESULTS.glob(files) if "-reduced-" not in path.name)
+    paths = (path for pattern in files for path in sorted(RESULTS.glob(pattern)) if "-reduced-" not in path.name)
     parts = [part for path in paths for part in write(json.loads(path.read_text()), path) if part]
     return "\n\n".join(parts) + "\n" if parts else ""
 

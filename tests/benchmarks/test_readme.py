@@ -74,6 +74,37 @@ def test_memory_is_given_beside_lora_of_the_same_backbone(results):
     assert "no tiles" not in section and "checkpointing |" not in section
 
 
+def test_the_matrix_has_all_methods_and_says_why_some_are_missing(results):
+    shared = {"axis": None, "batch_size": 4, "autocast": False}
+
+    def measured(backbone, method, size):
+        sizes = {"saved_bytes_per_image": size * 2**20, "peak_bytes": size * 2**20, "step_seconds": size}
+        return {**shared, "backbone": backbone, "method": method, **sizes}
+
+    rows = [
+        measured("a", "LoRA", 10),
+        measured("a", "S2A", 2.5),
+        {**shared, "backbone": "a", "method": "prefix tuning", "skipped": "for text only."},
+        {**shared, "backbone": "b", "method": "LoRA", "skipped": "out of memory"},
+        measured("b", "S2A", 7),
+        {**shared, "backbone": "b", "method": "prefix tuning", "skipped": "for text only."},
+        {**measured("c", "LoRA", 1), "axis": "images"},  # of the slopes below
+    ]
+    slope = {"backbone": "c", "batch_size": 4, "at": [2, 4], "peak_bytes_slope": 3 * 2**20}
+    slopes = [{**slope, "method": "LoRA", "axis": axis} for axis in ("images", "tokens", "blocks")]
+    slopes.append({**slope, "method": "S2A", "axis": "images", "peak_bytes_slope": 2**18})
+    data = {"environment": describe_environment(), "rows": rows, "slopes": slopes}
+    write_result(results / "memory_and_speed-wide-x.json", data)
+    section = readme.section("wide")
+    assert "| LoRA | 10.0, 1.00, 1.00 | (2) |" in section
+    assert "| S2A | 2.5, 0.25, 0.25 | 7.0, -, - |" in section
+    assert "| prefix tuning | (1) | (1) |" in section
+    assert "(1) For text only. (2) Out of memory." in section
+    assert "| LoRA | 3 | 3 | 3 |" in section and "| S2A | 0.25 |  |  |" in section
+    assert "another token in each of 4 images, MiB" in section and "images 2, 4; tokens 2, 4; blocks 2, 4" in section
+    assert readme.section("memory") == ""
+
+
 def test_plots_are_shown_where_there_are_some(results):
     assert readme.picture(results / "a.json", "what") == ""
     (results / "a.png").touch()
