@@ -318,8 +318,8 @@ def prepare(case: Case, method: Method, batch: dict[str, torch.Tensor], seed: in
             shared: SharedParameters) -> tuple[Callable[[], torch.Tensor], dict[str, Any]]:  # fmt: skip
     """A training step, taken once, and what it takes in memory."""
     torch.manual_seed(seed)
-    device = batch["pixel_values"].device.type
-    model = method.apply(build(case, device)).to(device).train()
+    device = batch["pixel_values"].device
+    model = method.apply(build(case, str(device))).to(device).train()
     shared.share(model)
     make_optimizer = method.optimizer or adamw
     report = profile_memory(
