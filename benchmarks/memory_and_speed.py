@@ -126,6 +126,8 @@ def ia3(model: nn.Module) -> IA3Config:
 
 
 def oft(model: nn.Module) -> OFTConfig:
+    """On convolutions larger than 1 x 1 it does not start as the base model (PEFT 0.21 adds up overlapping patches),
+    which leaves its memory and time what they are."""
     if model.config.model_type == "convnext":  # as of PEFT 0.21, and it fails with a message about shapes
         raise ValueError("PEFT's OFT takes the inputs of linear layers for images where they have four dimensions")
     return OFTConfig(oft_block_size=32, target_modules=lora_targets(model))
