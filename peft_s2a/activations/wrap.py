@@ -35,7 +35,7 @@ _ROOM = {"cpu": 12 * 2**20}
 _DEFAULT_ROOM = 12 * 2**24
 _SLACK = 0.25  # of a tile: not worth another one
 # Bytes that running a block forward and backward takes, for each byte of its input: with linear layers, with convolutions only.
-_WORKING_SET, _WORKING_SET_OF_CONVOLUTIONS = 13, 8
+_WORKING_SET, _WORKING_SET_OF_CONVOLUTIONS = 11, 8
 
 
 @dataclass
