@@ -243,7 +243,7 @@ def _dropout(mode, input, p=0.5, training=True, inplace=False):
 @_handles(F.linear)
 def _linear(mode, input, weight, bias=None):
     if not weight.requires_grad:
-        return NotImplemented
+        return shapes.frozen_linear(input, weight, bias)
     if mode.config.compress_linear_inputs:
         return functional.linear(input, weight, bias, quantizer=mode.quantizer("linear"))
     if not torch.compiler.is_compiling() and input.untyped_storage().nbytes() > 2 * input.nbytes:

@@ -1,7 +1,9 @@
-"""Linear operators whose backward pass needs the shape of their input, where the stock operator keeps all of it.
+"""Linear operators whose backward pass needs the shape of their input or a weight that is there anyway, where the stock
+operator keeps more.
 
-Convolutions with frozen weights are the common case: autograd keeps their input for the weight's gradient even if
-nobody wants it. Nothing is approximated here.
+Of convolutions with frozen weights autograd keeps the input, for the weight's gradient, even if nobody wants it. Under
+autocast it keeps a copy of every frozen weight in the lower precision, half as large as the model. Nothing is
+approximated here.
 """
 
 from collections.abc import Sequence
@@ -13,18 +15,58 @@ from torch import Tensor
 from .functional import _recording, _refuse_double_backward
 
 
+def _autocast_dtype(input: Tensor) -> torch.dtype | None:
+    """The dtype in which autocast computes with ``input``; None where it does not."""
+    if not torch.is_autocast_enabled(input.device.type) or input.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(input.device.type)
+
+
+def _cast(dtype: torch.dtype | None, *tensors: Tensor | None) -> list[Tensor | None]:
+    return [t if t is None or dtype is None else t.to(dtype) for t in tensors]
+
+
+class _FrozenLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, weight, bias, dtype):
+        ctx.save_for_backward(weight)
+        ctx.dtype = dtype
+        return F.linear(input, *_cast(dtype, weight), bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        _refuse_double_backward()
+        (weight,) = ctx.saved_tensors
+        d_input = grad @ weight.to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        d_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
+        return d_input, None, d_bias, None
+
+
+def frozen_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear` with a weight that needs no gradient; keeps nothing but a reference to the weight.
+
+    dX is dY W, db the sum of dY. Stock autograd does the same without autocast, and under it keeps a copy of the weight.
+    """
+    dtype = _autocast_dtype(input)
+    if dtype is None or weight.dtype == dtype or not _recording(input, bias):
+        return F.linear(input, weight, bias)
+    input, bias = _cast(dtype, input, bias)
+    return _FrozenLinear.apply(input, weight, bias, dtype)
+
+
 class _FrozenConvolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, input, weight, bias, stride, padding, dilation, transposed, output_padding, groups):
+    def forward(ctx, input, weight, bias, dtype, stride, padding, dilation, transposed, output_padding, groups):
         ctx.save_for_backward(weight)
-        ctx.size = input.shape[2:]
+        ctx.size, ctx.dtype = input.shape[2:], dtype
+        (weight,) = _cast(dtype, weight)
         ctx.settings = stride, padding, dilation, transposed, groups
         return torch.convolution(input, weight, bias, stride, padding, dilation, transposed, output_padding, groups)
 
     @staticmethod
     def backward(ctx, grad):
         _refuse_double_backward()
-        (weight,) = ctx.saved_tensors
+        (weight,) = _cast(ctx.dtype, *ctx.saved_tensors)
         stride, padding, dilation, transposed, groups = ctx.settings
         d_input = d_bias = None
         if ctx.needs_input_grad[0]:
@@ -42,7 +84,7 @@ class _FrozenConvolution(torch.autograd.Function):
             )
         if ctx.needs_input_grad[2]:
             d_bias = grad.sum([d for d in range(grad.dim()) if d != 1])
-        return d_input, None, d_bias, None, None, None, None, None, None
+        return d_input, None, d_bias, None, None, None, None, None, None, None
 
 
 def frozen_convolution(
@@ -70,12 +112,11 @@ def frozen_convolution(
         for setting in (stride, padding, dilation, output_padding)
     )
     settings = stride, padding, dilation, transposed, output_padding, groups
-    if torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(input.device.type)
-        input, weight, bias = (t if t is None else t.to(dtype) for t in (input, weight, bias))
+    dtype = _autocast_dtype(input)
+    input, bias = _cast(dtype, input, bias)
     if not _recording(input, bias):
-        return torch.convolution(input, weight, bias, *settings)
-    return _FrozenConvolution.apply(input, weight, bias, *settings)
+        return torch.convolution(input, *_cast(dtype, weight), bias, *settings)
+    return _FrozenConvolution.apply(input, weight, bias, dtype, *settings)
 
 
 class _AveragePool(torch.autograd.Function):

@@ -1,6 +1,8 @@
 """Whatever way a module calls an operator, it is computed with codes when autograd records, and left alone
 otherwise."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -218,6 +220,28 @@ class TestOperators:
         assert all(t is convolution.weight for t in kept)
         (actual,) = torch.autograd.grad((y * weight).sum(), convolution.bias)
         torch.testing.assert_close(actual, expected)
+
+    @pytest.mark.parametrize("input_needed", [True, False])
+    @pytest.mark.parametrize("layer", [nn.Linear(6, 5), nn.Conv2d(4, 3, 3, padding=1), nn.Conv1d(3, 2, 2)])
+    def test_of_frozen_weights_no_copy_is_kept_under_autocast(self, layer, input_needed):
+        layer = layer.requires_grad_(False)
+        layer.bias.requires_grad_()
+        x = torch.randn(2, 4, 3, 6)[:, :, 0] if isinstance(layer, nn.Conv1d) else torch.randn(2, 4, 3, 6)
+        x = (x[:, :3] if isinstance(layer, nn.Conv1d) else x).requires_grad_(input_needed)
+        wanted = [x, layer.bias] if input_needed else [layer.bias]
+        kept, results = [], []
+        for how in (nullcontext(), mode()):
+            with torch.autocast("cpu", torch.bfloat16), how:
+                with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+                    y = layer(x)
+            if not isinstance(how, OperatorMode):
+                kept.clear()
+            results.append((y, *torch.autograd.grad(y.float().square().sum(), wanted)))
+        assert kept and all(t is layer.weight for t in kept)
+        assert all(ours.dtype == theirs.dtype for ours, theirs in zip(*results))
+        assert torch.equal(results[0][0], results[1][0])
+        for ours, theirs in zip(*results):
+            torch.testing.assert_close(ours, theirs, rtol=2**-7, atol=2**-7 * theirs.abs().max().item())
 
     def test_trained_convolutions_and_uneven_padding_are_left_alone(self):
         for convolution in (nn.Conv2d(1, 3, 3), nn.Conv2d(1, 3, 2, padding="same").requires_grad_(False)):
