@@ -3,6 +3,7 @@ tricks.
 
     python benchmarks/memory_and_speed.py                          # ViT-B/16, Swin-T, ResNet-50 at batch 8, fp32
     python benchmarks/memory_and_speed.py vit-b --rounds 3         # only one of them
+    python benchmarks/memory_and_speed.py --preset bf16            # the three under bfloat16 autocast
     python benchmarks/memory_and_speed.py --preset wide            # four backbones, all of PEFT's methods, on a CPU
     python benchmarks/memory_and_speed.py --preset full            # eight backbones, all of PEFT's methods, on a GPU
     python benchmarks/memory_and_speed.py --preset full --resume   # what an earlier run of it left out
@@ -234,6 +235,9 @@ class Preset:
 GROWTH_ON_CPUS = tuple(growth("vit-s", (2, 4, 8), (112, 160, 224), (4, 8, 12), 4))
 PRESETS = {
     "main": Preset(tuple(Case(backbone, MAIN) for backbone in ("vit-b", "swin-t", "resnet50")), 5),
+    "bf16": Preset(
+        tuple(Case(backbone, (*FEW, "S2A, no tiles"), autocast=True) for backbone in ("vit-b", "swin-t", "resnet50")), 5
+    ),
     "reduced": Preset(
         (
             *(Case(backbone, MAIN, 4) for backbone in ("dinov2-s", "swin-t", "resnet50")),
@@ -499,13 +503,14 @@ def slopes_table(found: list[dict[str, Any]]) -> Table:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """For each backbone, at its largest batch in fp32, bars of the peak and of the step time."""
+    """For each backbone, at its largest batch, in fp32 where there is any, bars of the peak and of the step time."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     shown = {*MAIN, *STRUCTURES}  # all methods of the full preset would not fit a page
-    rows = [row for row in rows if row["axis"] is None and not row["autocast"] and row["method"] in shown]
-    rows = [row for row in rows if "skipped" not in row]
+    rows = [row for row in rows if row["axis"] is None and row["method"] in shown and "skipped" not in row]
+    autocast = all(row["autocast"] for row in rows)
+    rows = [row for row in rows if row["autocast"] == autocast]
     largest = {row["backbone"]: row["batch_size"] for row in sorted(rows, key=lambda row: row["batch_size"])}
     backbones = {
         key: [row for row in rows if (row["backbone"], row["batch_size"]) == key]

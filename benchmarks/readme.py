@@ -280,7 +280,7 @@ def plans(data: Result, path: Path) -> list[str]:
 # name of the section: (which result files, how each is written)
 SECTIONS: dict[str, tuple[tuple[str, ...], Callable[[Result, Path], list[str]]]] = {
     "demo": (("demo.json",), demo),
-    "memory": (("memory_and_speed-main-*.json", "memory_and_speed-full-*.json"), memory),
+    "memory": (tuple(f"memory_and_speed-{preset}-*.json" for preset in ("main", "bf16", "full")), memory),
     "wide": (("memory_and_speed-wide-*.json", "memory_and_speed-full-*.json"), wide),
     "accuracy": (("accuracy-*.json",), accuracy),
     "fidelity": (("fidelity-*.json",), fidelity),
