@@ -340,7 +340,10 @@ def _tile_size(settings: _Settings, leaves: list[Any]) -> int | None:
     if tiles == "auto":
         # Memory peaks where all codes are kept, in the last blocks; those before them have that much more room.
         room = _ROOM.get(x.device.type, _DEFAULT_ROOM) + settings.later * x.nbytes
-        tiles = max(1, math.ceil(settings.working_set * x.nbytes / room - _SLACK))
+        itemsize = x.element_size()
+        if torch.is_autocast_enabled(x.device.type):
+            itemsize = min(itemsize, torch.get_autocast_dtype(x.device.type).itemsize)
+        tiles = max(1, math.ceil(settings.working_set * x.numel() * itemsize / room - _SLACK))
     size = -(-count // tiles)
     return size if size < count else None
 
