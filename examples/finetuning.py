@@ -17,7 +17,8 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
 from peft_s2a import ActivationQuantizationConfig, S2ABiasConfig, S2AConfig, S2APromptConfig, S2ASideConfig
-from peft_s2a.tuners.targets import FUSED_NAMES, QUERY_NAMES, VALUE_NAMES, find_task_heads
+from peft_s2a.memory.methods import lora_targets
+from peft_s2a.tuners.targets import find_task_heads
 
 
 ACCURACY = Path(__file__).parent / "metrics" / "accuracy"
@@ -183,19 +184,6 @@ def load_backbone(args: ModelArguments, label_names: list[str]) -> tuple[PreTrai
         dtype=torch.float32,
     )
     return model, AutoImageProcessor.from_pretrained(args.model_name_or_path, revision=args.model_revision)
-
-
-def lora_targets(model: PreTrainedModel) -> list[str]:
-    """Query and value projections; without attention all other linear layers; without those all convolutions."""
-    heads = tuple(find_task_heads(model))
-    modules = {name: module for name, module in model.named_modules() if not name.startswith(heads)}
-    linears = [name for name, module in modules.items() if isinstance(module, torch.nn.Linear)]
-    query_and_value = QUERY_NAMES | VALUE_NAMES | FUSED_NAMES
-    projections = [name for name in linears if name.rpartition(".")[-1] in query_and_value]
-    convolutions = [
-        name for name, module in modules.items() if isinstance(module, torch.nn.Conv2d) and module.groups == 1
-    ]
-    return projections or linears or convolutions
 
 
 def _s2a_options(args: MethodArguments, *names: str) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from finetuning import (
     ModelArguments,
     load_backbone,
     load_images,
-    lora_targets,
     prepare_model,
     trainable_parameters,
 )
@@ -25,10 +24,6 @@ from PIL import Image
 from sklearn.metrics import accuracy_score
 from transformers import (
     AutoImageProcessor,
-    ConvNextConfig,
-    ConvNextForImageClassification,
-    ResNetConfig,
-    ResNetForImageClassification,
 )
 
 
@@ -190,16 +185,6 @@ class TestMethods:
         model, _ = load_backbone(ModelArguments(str(checkpoint)), list(CLASSES))
         config = METHODS["s2a"].config(model, MethodArguments(method="s2a", side_mode="ladder"))
         assert (config.side_mode, config.structures) == ("ladder", ("side",))
-
-    def test_lora_finds_projections_linears_or_convolutions_but_no_head(self, checkpoint):
-        vit, _ = load_backbone(ModelArguments(str(checkpoint)), list(CLASSES))
-        assert {name.rpartition(".")[2] for name in lora_targets(vit)} == {"q_proj", "v_proj"}
-        convnext = ConvNextForImageClassification(ConvNextConfig(hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1]))
-        assert {name.rpartition(".")[2] for name in lora_targets(convnext)} == {"pwconv1", "pwconv2"}
-        resnet = ResNetForImageClassification(
-            ResNetConfig(embedding_size=8, hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1], layer_type="basic")
-        )
-        assert {name.rpartition(".")[2] for name in lora_targets(resnet)} == {"convolution"}
 
 
 def test_accuracy_metric_counts_equal_labels():
