@@ -1,7 +1,7 @@
 """What accuracy each way of fine-tuning reaches for the memory it takes, and whether quantised activations cost any.
 
     python benchmarks/accuracy.py CACHE                       # setting "full": for a GPU
-    python benchmarks/accuracy.py CACHE --setting medium      # two hours on two CPU cores
+    python benchmarks/accuracy.py CACHE --setting medium      # an hour and a half on two CPU cores
 
 A real backbone, DINOv2-small (`dinov2.py` puts it into CACHE), is fine-tuned on a few Fashion-MNIST images and on
 scikit-learn's handwritten digits. All methods get the same images, batches, epochs, optimizer (AdamW, no weight decay)

@@ -73,6 +73,13 @@ def _recording(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype in which autocast computes with ``x``; None where it does not."""
+    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(x.device.type)
+
+
 def _refuse_double_backward() -> None:
     if torch.is_grad_enabled():
         raise RuntimeError(

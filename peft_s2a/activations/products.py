@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
-from .functional import Quantizer, _recording, _refuse_double_backward
+from .functional import Quantizer, _autocast_dtype, _recording, _refuse_double_backward
 
 
 def is_activation(x: object) -> bool:
@@ -96,9 +96,7 @@ def matmul(a: Tensor, b: Tensor, *, quantizer: Quantizer) -> Tensor:
 
     dA = dY B^T and dB = A^T dY, summed over broadcast dimensions.
     """
-    if torch.is_autocast_enabled(a.device.type):
-        dtype = torch.get_autocast_dtype(a.device.type)
-        a, b = (t if t.dtype == torch.float64 else t.to(dtype) for t in (a, b))
+    a, b = (t.to(_autocast_dtype(t) or t.dtype) for t in (a, b))
     return _product(a, b, torch.matmul, quantizer)
 
 

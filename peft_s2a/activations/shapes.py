@@ -12,14 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .functional import _recording, _refuse_double_backward
-
-
-def _autocast_dtype(input: Tensor) -> torch.dtype | None:
-    """The dtype in which autocast computes with ``input``; None where it does not."""
-    if not torch.is_autocast_enabled(input.device.type) or input.dtype == torch.float64:
-        return None
-    return torch.get_autocast_dtype(input.device.type)
+from .functional import _autocast_dtype, _recording, _refuse_double_backward
 
 
 def _cast(dtype: torch.dtype | None, *tensors: Tensor | None) -> list[Tensor | None]:

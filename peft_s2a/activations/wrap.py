@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from . import tiling
 from .config import ActivationQuantizationConfig
+from .functional import _autocast_dtype
 from .interception import OperatorMode
 
 
@@ -340,9 +341,7 @@ def _tile_size(settings: _Settings, leaves: list[Any]) -> int | None:
     if tiles == "auto":
         # Memory peaks where all codes are kept, in the last blocks; those before them have that much more room.
         room = _ROOM.get(x.device.type, _DEFAULT_ROOM) + settings.later * x.nbytes
-        itemsize = x.element_size()
-        if torch.is_autocast_enabled(x.device.type):
-            itemsize = min(itemsize, torch.get_autocast_dtype(x.device.type).itemsize)
+        itemsize = min(x.itemsize, (_autocast_dtype(x) or x.dtype).itemsize)
         tiles = max(1, math.ceil(settings.working_set * x.numel() * itemsize / room - _SLACK))
     size = -(-count // tiles)
     return size if size < count else None

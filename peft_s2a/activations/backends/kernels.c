@@ -112,6 +112,8 @@ typedef float vector16 __attribute__((vector_size(64)));
 typedef float loose16 __attribute__((vector_size(64), aligned(4))); /* anywhere in memory */
 typedef int32_t index16 __attribute__((vector_size(64)));
 
+static const index16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
 #define UNIT_GROUPS 4
 
 static inline long scales_width(long groups) { return (groups + UNIT_GROUPS - 1) / UNIT_GROUPS + 2 * groups; }
@@ -237,7 +239,6 @@ static inline Scales scales_from(const uint8_t *scales, long groups, long first)
 /* The exponents of the units of `groups` groups, `per_unit` (1, 2 or 4) each, given their largest magnitudes: in every lane that
  * of its unit. */
 INLINE index16 exponents_of(vector16 magnitude, long groups, int per_unit) {
-    const index16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     magnitude = (vector16)((index16)magnitude & (lane < (int32_t)MIN(groups, 16)));
     if (per_unit > 1) magnitude = larger16(magnitude, __builtin_shuffle(magnitude, lane ^ 1));
     if (per_unit > 2) magnitude = larger16(magnitude, __builtin_shuffle(magnitude, lane ^ 2));
@@ -457,13 +458,11 @@ INLINE void gate16(vector16 x, float inner, float cubic, vector16 *value, vector
 }
 
 static inline float sum16(vector16 x) {
-    const index16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     for (int apart = 8; apart; apart /= 2) x += __builtin_shuffle(x, lane ^ apart);
     return x[0];
 }
 
 static inline float largest16(vector16 x) {
-    const index16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     for (int apart = 8; apart; apart /= 2) x = larger16(x, __builtin_shuffle(x, lane ^ apart));
     return x[0];
 }
