@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 WEIGHTS = outputs/dinov2
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test benchmark benchmark-gpu quality style clean
+.PHONY: demo test test-slow benchmark benchmark-gpu quality style clean
 
 $(INSTALLED): pyproject.toml constraints/pinned.txt
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +22,9 @@ demo: $(INSTALLED)  ## Fine-tune the shipped backbone on handwritten digits with
 
 test: $(INSTALLED)  ## Run all tests, offline.
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests
+
+test-slow: $(INSTALLED)  ## The long sweeps and soaks that `make test` leaves out, offline.
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests -m slow
 
 benchmark: $(INSTALLED)  ## All benchmarks at a reduced setting, on the CPU: less than half an hour on two cores.
 	$(BIN)/python benchmarks/memory_and_speed.py --preset reduced --device cpu
