@@ -94,15 +94,17 @@ class BatchNormLayer(BiasLayer):
             if adapter_name in getattr(self, own_name)
         }
 
-    def _adapted_parameters(self, adapters: list[str]) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-        parameters, offset = super()._adapted_parameters(adapters)
+    def _adapted_tensors(
+        self, adapters: list[str], *, bias_inside: bool
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+        tensors, offset = super()._adapted_tensors(adapters, bias_inside=bias_inside)
         statistics = next(filter(None, map(self._own_statistics, adapters)), None)
         if statistics is not None:
-            parameters.update(statistics)
+            tensors.update(statistics)
             for name, value in self.base_layer.named_parameters(recurse=False):
                 # Torch wants weights and statistics of one dtype; PEFT keeps an adapter's in float32.
-                parameters[name] = parameters.get(name, value).to(statistics["running_mean"].dtype)
-        return parameters, offset
+                tensors[name] = tensors.get(name, value).to(statistics["running_mean"].dtype)
+        return tensors, offset
 
     def _merge_adapter(self, adapter_name: str, sign: int) -> dict[torch.Tensor, torch.Tensor]:
         new_values = super()._merge_adapter(adapter_name, sign)

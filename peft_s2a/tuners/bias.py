@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from peft_s2a.compat import has_global_module_hooks
 from peft_s2a.tuners.layer import S2ALayer
 
 
@@ -98,28 +99,38 @@ class BiasLayer(S2ALayer):
         )
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        base_layer = self._modules["base_layer"]
         adapters = list(self.adapters_in_use())
-        parameters, offset = self._adapted_parameters(adapters)
-        if parameters:
-            output = _call_with(self.base_layer, parameters, args, kwargs)
+        if not adapters:
+            return base_layer(*args, **kwargs)
+        watched = _is_watched(base_layer)
+        parameters, offset = self._adapted_tensors(adapters, bias_inside=_takes_bias_inside(base_layer, watched))
+        if not parameters:
+            output = base_layer(*args, **kwargs)
+        elif torch.compiler.is_compiling():
+            output = functional_call(base_layer, parameters, args, kwargs)
+        elif watched:
+            output = _call_watched(base_layer, parameters, args, kwargs)
         else:
-            output = self.base_layer(*args, **kwargs)
+            output = _call_with(base_layer, parameters, args, kwargs)
         if offset is not None:
             output = output + self._broadcast(offset, output).to(output)
         return output
 
-    def _adapted_parameters(self, adapters: list[str]) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-        """(base parameters with their offsets, offset for the output of a base module that has no bias)."""
-        base_layer = self.base_layer
-        parameters: dict[str, torch.Tensor] = {}
+    def _adapted_tensors(
+        self, adapters: list[str], *, bias_inside: bool
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+        """(the base module's tensors with their offsets, offset for its output: of a bias that does not go inside)."""
+        base_layer = self._modules["base_layer"]
+        tensors: dict[str, torch.Tensor] = {}
         offset = _sum([self.s2a_bias[name] for name in adapters if name in self.s2a_bias])
-        if offset is not None and isinstance(getattr(base_layer, "bias", None), nn.Parameter):
-            parameters["bias"] = (base_layer.bias + offset).to(base_layer.bias.dtype)
+        if offset is not None and bias_inside:
+            tensors["bias"] = (base_layer.bias + offset).to(base_layer.bias.dtype)
             offset = None
         scale = _sum([self.s2a_scale[name] for name in adapters if name in self.s2a_scale])
         if scale is not None:
-            parameters["weight"] = (base_layer.weight + scale).to(base_layer.weight.dtype)
-        return parameters, offset
+            tensors["weight"] = (base_layer.weight + scale).to(base_layer.weight.dtype)
+        return tensors, offset
 
     def _broadcast(self, offset: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """`offset` shaped to be added to `output`: convolutions, batch and group norms have spatial axes last."""
@@ -153,19 +164,72 @@ class BiasLayer(S2ALayer):
         return f"adapters={self._all_available_adapter_names()}"
 
 
+def _is_watched(layer: nn.Module) -> bool:
+    """Whether others look at the calls of `layer`, or run it in their own way."""
+    return bool(
+        layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+        or "forward" in layer.__dict__
+        or has_global_module_hooks()
+    )
+
+
+STOCK_FORWARDS = {kind.forward for kind in (nn.Linear, *CONVOLUTIONS, *NORMALISATIONS)}
+
+
+def _is_stock(layer: nn.Module) -> bool:
+    """Whether `layer` computes what torch's own layers do. Quantised subclasses wrap the forward of theirs."""
+    forward = type(layer).forward
+    return getattr(forward, "__wrapped__", forward) in STOCK_FORWARDS
+
+
+def _takes_bias_inside(layer: nn.Module, watched: bool) -> bool:
+    """Whether the offset of the bias goes into the computation of `layer`; it is added to the output otherwise.
+
+    A linear layer or convolution of another class may hold its weights in any form and has to be called as it is.
+    A norm of another class has its channels on an axis that only itself knows.
+    """
+    if not isinstance(getattr(layer, "bias", None), nn.Parameter):
+        return False
+    if _is_stock(layer):
+        return not watched
+    return is_normalisation(layer)
+
+
 def _call_with(
-    layer: nn.Module, parameters: dict[str, torch.Tensor], args: tuple, kwargs: dict[str, Any]
+    layer: nn.Module, tensors: dict[str, torch.Tensor], args: tuple, kwargs: dict[str, Any], hooks: bool = False
 ) -> torch.Tensor:
-    """`torch.func.functional_call` for parameters of `layer` itself, without a look at everything the layer holds."""
-    own = layer._parameters
-    if torch.compiler.is_compiling() or not parameters.keys() <= own.keys():
-        return functional_call(layer, parameters, args, kwargs)
-    kept = {name: own[name] for name in parameters}
-    try:
-        own.update(parameters)
-        return layer(*args, **kwargs)
-    finally:
-        own.update(kept)
+    """`layer(*args, **kwargs)` with other parameters and buffers; by default without its hooks.
+
+    It runs on a shallow copy: to put them into the layer itself, as `torch.func.functional_call` does, would show them
+    to whatever else uses the layer meanwhile, such as other threads.
+    """
+    copy = object.__new__(type(layer))
+    state = copy.__dict__
+    state.update(layer.__dict__)
+    state.pop("forward", None)
+    for kind in ("_parameters", "_buffers"):
+        state[kind] = {name: tensors.get(name, tensor) for name, tensor in state[kind].items()}
+    output = copy(*args, **kwargs) if hooks else copy.forward(*args, **kwargs)
+    if not _is_stock(layer):  # what it notes down is its own
+        own = layer.__dict__
+        kept = ("_parameters", "_buffers", "forward")
+        own.update({name: value for name, value in state.items() if name not in kept and own.get(name) is not value})
+    return output
+
+
+def _call_watched(
+    layer: nn.Module, tensors: dict[str, torch.Tensor], args: tuple, kwargs: dict[str, Any]
+) -> torch.Tensor:
+    """What `_call_with` computes, for a layer with hooks or a forward of its own: they see it run with its own
+    parameters, as they would under any tuner, and what the others change is added to its output."""
+    if not tensors.keys() <= layer._parameters.keys():  # statistics, which no second run may follow
+        return _call_with(layer, tensors, args, kwargs, hooks=True)
+    buffers = {name: buffer.clone() for name, buffer in layer._buffers.items() if buffer is not None}
+    change = _call_with(layer, {**buffers, **tensors}, args, kwargs) - _call_with(layer, dict(buffers), args, kwargs)
+    return layer(*args, **kwargs) + change
 
 
 def _sum(tensors: list[torch.Tensor]) -> torch.Tensor | None:

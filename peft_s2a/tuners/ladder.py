@@ -77,13 +77,13 @@ class LadderRung(_LadderBase):
         if not isinstance(projections(self._host[0])[0], nn.Linear):
             x = x.movedim(1, -1)
         for name in self.adapters_in_use():
-            self._in_flight[name] = F.linear(x, self.s2a_down[name].to(x.dtype))
+            self.in_flight[name] = F.linear(x, self.s2a_down[name].to(x.dtype))
 
     def step(self, adapter_name: str, state: torch.Tensor | None) -> torch.Tensor | None:
         """The state behind this rung. `state` is the one before it, None at the first rung."""
         if adapter_name not in self.s2a_down:
             return state
-        features = self._in_flight.pop(adapter_name)
+        features = self.in_flight.pop(adapter_name)
         features = features + self.s2a_shift[adapter_name].to(features.dtype)
         if state is None:
             return self.activation(features)
@@ -111,16 +111,28 @@ class LadderTop(_LadderBase):
         self.s2a_up = nn.ParameterDict({})
         self.scaling: dict[str, float] = {}
         self._rungs: list[LadderRung] = []
+        self._heads: list[nn.Module] = []
 
-    def join(self, rungs: list[LadderRung], heads: list[nn.Module]) -> None:
+    def join(self, model: nn.Module, rungs: list[LadderRung], heads: list[nn.Module]) -> None:
         """Sets the rungs below, in order, and where the state joins the features: at the inputs of `heads`, or at the
-        host's output if there are none."""
-        self._rungs = rungs
+        host's output if there are none. `model` holds all of them."""
+        self._rungs, self._heads = rungs, heads
         self._unhook()
+        self._during(model)
         for head in heads:
             self._before(head, self._join_input)
         if not heads:
             self._after(self._host[0], self._join_output)
+
+    def _begin(self, *call: Any) -> None:
+        for layer in self._rungs:
+            layer._begin()
+        super()._begin()
+
+    def _end(self, *call: Any) -> None:
+        for layer in self._rungs:
+            layer._end()
+        super()._end()
 
     def update_layer(self, adapter_name: str, *, rank: int, alpha: float, init_weights: bool) -> None:
         """Adds an adapter; the arguments are those of [`S2ASideConfig`]."""
@@ -139,8 +151,8 @@ class LadderTop(_LadderBase):
         if not any(self.adapters_in_use()):
             return None
         joined = with_first_tensor(args, kwargs, self._join(first_tensor(args, kwargs)))
-        if module is self._hooked[-1]:
-            self._in_flight.clear()
+        if module is self._heads[-1]:
+            self.forget_loose()
         return joined
 
     def _join_output(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
@@ -153,7 +165,7 @@ class LadderTop(_LadderBase):
                 "backward: call `gradient_checkpointing_disable()`."
             )
         joined = with_tensor(output, self._join(as_tensor(output)))
-        self._in_flight.clear()
+        self.forget_loose()
         return joined
 
     def _join(self, features: torch.Tensor) -> torch.Tensor:
@@ -167,13 +179,18 @@ class LadderTop(_LadderBase):
 
     def _update(self, adapter_name: str) -> torch.Tensor:
         """What is added to the features, [batch, width]. Several heads share it."""
-        if any(adapter_name in rung._in_flight for rung in self._rungs):
+        if any(adapter_name in rung.in_flight for rung in self._rungs):
             state = None
             for rung in self._rungs:
                 state = rung.step(adapter_name, state)
             up = self.s2a_up[adapter_name].to(state.dtype) * self.scaling[adapter_name]
-            self._in_flight[adapter_name] = F.linear(state.flatten(1, -2).mean(1), up)
-        return self._in_flight[adapter_name]
+            self.in_flight[adapter_name] = F.linear(state.flatten(1, -2).mean(1), up)
+        if adapter_name not in self.in_flight:
+            raise RuntimeError(
+                "A ladder joins the features that a task head reads, but the backbone has not run before this head: "
+                "call the whole model, or its backbone and then its heads."
+            )
+        return self.in_flight[adapter_name]
 
 
 def resample(state: torch.Tensor, positions: torch.Size) -> torch.Tensor:

@@ -14,8 +14,10 @@ both rely on this when they insert the adapter's name into the keys of a checkpo
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -98,11 +100,31 @@ class S2ALayer(nn.Module, BaseTunerLayer):
         super().enable_adapters(enabled)
 
 
+class _Calls(threading.local):
+    """The forward passes that attached layers take part in, in this thread.
+
+    What one hook leaves for another belongs to the call, not to the layer: models are shared by threads, called again
+    from within hooks, and interrupted.
+    """
+
+    def __init__(self) -> None:
+        self.running: WeakKeyDictionary[AttachedLayer, list[dict[str, torch.Tensor]]] = WeakKeyDictionary()
+        """The calls that have begun and not ended yet, the innermost last."""
+        self.loose: WeakKeyDictionary[AttachedLayer, dict[str, torch.Tensor]] = WeakKeyDictionary()
+        """What is left outside of any call, where a user runs the parts of a model one by one."""
+
+
+_CALLS = _Calls()
+_DEEPEST = 8
+"""Calls of one layer within another that are remembered: an interrupt from the keyboard leaves some behind."""
+
+
 class AttachedLayer(S2ALayer):
     """A layer that is a child of the module it adapts and acts through hooks on it or on other modules.
 
     A subclass says in `_hook` which hooks it needs; they must be bound methods of the layer, so that they follow it
-    when a model is copied.
+    when a model is copied. What one hook leaves for another goes into `in_flight`, under `_during` a module that
+    contains both.
     """
 
     attribute: str
@@ -113,12 +135,6 @@ class AttachedLayer(S2ALayer):
         # In lists, or the host would become a child of its own child.
         self._host = [host]
         self._hooked: list[nn.Module] = []
-        self._in_flight: dict[str, torch.Tensor] = {}
-        """What one hook leaves for another during a forward pass."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Tensors in flight belong to a forward pass (an interrupted or recomputed one leaves some), not to a copy.
-        return {**self.__dict__, "_in_flight": {}}
 
     @classmethod
     def on(cls, host: nn.Module) -> AttachedLayer | None:
@@ -161,9 +177,34 @@ class AttachedLayer(S2ALayer):
         module.register_forward_pre_hook(hook, with_kwargs=True)
         self._hooked.append(module)
 
-    def _after(self, module: nn.Module, hook: Callable) -> None:
-        module.register_forward_hook(hook, with_kwargs=True)
+    def _after(self, module: nn.Module, hook: Callable, always: bool = False) -> None:
+        module.register_forward_hook(hook, with_kwargs=True, always_call=always)
         self._hooked.append(module)
+
+    def _during(self, module: nn.Module) -> None:
+        """Lets `in_flight` begin and end with each call of `module`."""
+        self._before(module, self._begin)
+        self._after(module, self._end, always=True)
+
+    def _begin(self, *call: Any) -> None:
+        calls = _CALLS.running.setdefault(self, [])
+        calls.append({})
+        del calls[:-_DEEPEST]
+
+    def _end(self, *call: Any) -> None:
+        calls = _CALLS.running.get(self)
+        if calls:
+            calls.pop()
+
+    @property
+    def in_flight(self) -> dict[str, torch.Tensor]:
+        """What one hook leaves for another, in the call that is running in this thread."""
+        calls = _CALLS.running.get(self)
+        return calls[-1] if calls else _CALLS.loose.setdefault(self, {})
+
+    def forget_loose(self) -> None:
+        """Ends a call that nobody else ends: one outside of the module that `_during` names."""
+        _CALLS.loose.pop(self, None)
 
     def _unhook(self) -> None:
         for module in self._hooked:
@@ -174,6 +215,7 @@ class AttachedLayer(S2ALayer):
                 for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
                     del hooks[key]
                     with_kwargs.pop(key, None)
+                    module._forward_hooks_always_called.pop(key, None)
         self._hooked.clear()
 
 

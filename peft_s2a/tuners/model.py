@@ -165,7 +165,9 @@ class S2AModel(BaseTuner):
         target = getattr(parent, target_name)
         is_leaf = projections(target) == [getattr(target, "base_layer", target)]
         host = self._wrapped(parent, target_name) if is_leaf else target
-        layer = SideLayer.on(host) or SideLayer(host, side_entry(parent, target_name)).attach()
+        entry = side_entry(parent, target_name)
+        split = None if entry is None else (parent, entry)
+        layer = SideLayer.on(host) or SideLayer(host, split).attach()
         layer.update_layer(
             adapter_name,
             rank=config.side_rank,
@@ -209,7 +211,7 @@ class S2AModel(BaseTuner):
         rungs = [layer for layer in self._layers() if isinstance(layer, LadderRung)]
         for layer in self._layers():
             if isinstance(layer, LadderTop):
-                layer.join(rungs, heads)
+                layer.join(self.model, rungs, heads)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -56,6 +56,7 @@ class PromptLayer(_PromptBase):
 
     def _hook(self) -> None:
         query, output = self._projections
+        self._during(self._host[0])
         self._after(query, self._remember_query)
         self._before(output, self._add_attention)
 
@@ -78,7 +79,7 @@ class PromptLayer(_PromptBase):
 
     def _remember_query(self, module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
         if any(self.adapters_in_use()):
-            self._in_flight["query"] = output[..., : self.width]
+            self.in_flight["query"] = output[..., : self.width]
 
     def _add_attention(
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
@@ -86,7 +87,7 @@ class PromptLayer(_PromptBase):
         adapters = list(self.adapters_in_use())
         if not adapters:
             return None
-        query = self._in_flight.pop("query", None)
+        query = self.in_flight.pop("query", None)
         attended = first_tensor(args, kwargs)
         if query is None or query.shape[:-1].numel() != attended.shape[:-1].numel():
             raise RuntimeError(

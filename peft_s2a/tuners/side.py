@@ -102,16 +102,17 @@ class SideLayer(AttachedLayer):
 
     Args:
         host: the module whose output is added to.
-        entry: the module whose input is x: the host, or the first of two siblings that the host is the second of.
+        split: where an MLP is split over two siblings of which the host is the second: (their parent, the first, whose
+            input is x). Otherwise x is the host's input.
     """
 
     attribute = "side_adapter"
     adapter_layer_names = ("s2a_up",)
     other_param_names = ("s2a_down",)
 
-    def __init__(self, host: nn.Module, entry: nn.Module | None = None) -> None:
+    def __init__(self, host: nn.Module, split: tuple[nn.Module, nn.Module] | None = None) -> None:
         super().__init__(host)
-        self._entry = [entry]
+        self._split = split
         self.s2a_up = nn.ParameterDict({})
         self.s2a_down = BufferDict({}, persistent=True)
         self.activation = nn.GELU()
@@ -119,8 +120,10 @@ class SideLayer(AttachedLayer):
         self.has_activation: dict[str, bool] = {}
 
     def _hook(self) -> None:
-        if self._entry[0] is not None:
-            self._before(self._entry[0], self._remember_input)
+        if self._split is not None:
+            parent, entry = self._split
+            self._during(parent)
+            self._before(entry, self._remember_input)
         self._after(self._host[0], self._add_branch)
 
     @property
@@ -131,7 +134,7 @@ class SideLayer(AttachedLayer):
     @cached_property
     def _ends(self) -> tuple[nn.Module, nn.Module]:
         """(the layer that reads the branch's input, the layer whose output width is the branch's)."""
-        entry = self._entry[0] if self._entry[0] is not None else self._host[0]
+        entry = self._host[0] if self._split is None else self._split[1]
         return projections(entry)[0], projections(self._host[0])[-1]
 
     def update_layer(
@@ -158,13 +161,13 @@ class SideLayer(AttachedLayer):
 
     def _remember_input(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if any(self.adapters_in_use()):
-            self._in_flight["input"] = first_tensor(args, kwargs)
+            self.in_flight["input"] = first_tensor(args, kwargs)
 
     def _add_branch(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         adapters = list(self.adapters_in_use())
         if not adapters:
             return output
-        x = first_tensor(args, kwargs) if self._entry[0] is None else self._in_flight.pop("input")
+        x = first_tensor(args, kwargs) if self._split is None else self.in_flight.pop("input")
         y = as_tensor(output)
         for name in adapters:
             y = self._branch(x, y, name)

@@ -161,3 +161,103 @@ def test_what_can_be_served():
     for module in (nn.ReLU(), nn.Embedding(3, 4), nn.ConvTranspose2d(3, 4, 2), nn.Sequential(nn.Linear(3, 3))):
         assert not can_serve(module)
     assert not is_normalisation(nn.Linear(3, 3))
+
+
+class OwnRMSNorm(nn.Module):
+    """A RMSNorm as language models write it, which notes what it has seen."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width))
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * (1 + self.weight)
+
+
+class PackedLinear(nn.Linear):
+    """Holds its weight in another form, as quantised layers do, and changes its bias where it runs."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.bias.data = self.bias.data.to(x.dtype)
+        return F.linear(x, self.weight * 2, self.bias)
+
+
+WATCHED = {
+    "linear": (lambda: nn.Linear(6, 4), (2, 5, 6)),
+    "packed linear": (lambda: PackedLinear(6, 4), (2, 5, 6)),
+    "conv2d": (lambda: nn.Conv2d(6, 4, 3), (2, 6, 5, 5)),
+    "layer norm": (lambda: nn.LayerNorm(6), (2, 5, 6)),
+    "convnext's norm": (lambda: ConvNextLayerNorm(6, data_format="channels_first"), (2, 6, 5, 5)),
+    "rms norm": (lambda: OwnRMSNorm(6), (2, 5, 6)),
+    "batch norm": (lambda: nn.BatchNorm2d(6), (2, 6, 5, 5)),
+}
+
+
+class TestBaseModulesThatOthersWatch:
+    """Hooks and forwards of others on the base module see and run what the base model's would, as under LoRA."""
+
+    @staticmethod
+    def wrapped(kind: str) -> tuple[BiasLayer, torch.Tensor]:
+        make, shape = WATCHED[kind]
+        layer = BiasLayer(make())
+        layer.update_layer("default", train_scale=True, init_weights=False)
+        layer.set_adapter("default")
+        return layer, torch.randn(shape)
+
+    @pytest.mark.parametrize("kind", WATCHED)
+    @pytest.mark.parametrize("training", [False, True])
+    def test_hooks_see_the_base_module_run(self, kind, training):
+        layer, x = self.wrapped(kind)
+        base_layer = layer.base_layer
+        layer.train(training)
+        statistics = {name: buffer.clone() for name, buffer in base_layer.named_buffers()}
+        expected = layer(x)
+        once = {name: buffer.clone() for name, buffer in base_layer.named_buffers()}
+        base_layer.load_state_dict(statistics, strict=False)
+        plain = base_layer(x)
+        base_layer.load_state_dict(statistics, strict=False)
+        seen = []
+        hook = base_layer.register_forward_hook(lambda module, args, output: seen.append((module, args, output)))
+        torch.testing.assert_close(layer(x), expected)
+        [(module, args, output)] = seen
+        assert module is base_layer and args[0] is x and torch.equal(output, plain)
+        assert all(torch.equal(once[name], buffer) for name, buffer in base_layer.named_buffers())
+        hook.remove()
+
+    @pytest.mark.parametrize("kind", WATCHED)
+    def test_a_forward_of_the_instance_runs(self, kind):
+        layer, x = self.wrapped(kind)
+        layer.eval()
+        expected, plain = layer(x), layer.base_layer(x)
+        layer.base_layer.forward = lambda x, forward=layer.base_layer.forward: 2 * forward(x)
+        torch.testing.assert_close(layer(x), expected + plain)
+
+    def test_a_global_hook_sees_the_base_module(self):
+        layer, x = self.wrapped("layer norm")
+        seen = []
+        with nn.modules.module.register_module_forward_hook(lambda module, args, output: seen.append(module)):
+            layer(x)
+        assert seen == [layer.base_layer, layer]
+
+    def test_gradients_are_the_same_with_hooks(self):
+        for kind in WATCHED:
+            layer, x = self.wrapped(kind)
+            parameters = [layer.s2a_bias["default"], *layer.s2a_scale.values()]
+            expected = torch.autograd.grad(layer.eval()(x).square().sum(), parameters)
+            layer.base_layer.register_forward_hook(lambda module, args, output: None)
+            for gradient, wanted in zip(torch.autograd.grad(layer(x).square().sum(), parameters), expected):
+                torch.testing.assert_close(gradient, wanted)
+
+    def test_what_a_norm_notes_on_itself_stays(self):
+        layer, x = self.wrapped("rms norm")
+        layer(x)
+        assert layer.base_layer.calls == 1 and layer.calls == 1
+
+    def test_a_layer_of_another_class_is_called_with_its_own_weights(self):
+        layer, x = self.wrapped("packed linear")
+        bias = layer.base_layer.bias
+        expected = F.linear(x, 2 * layer.base_layer.weight, bias) + layer.s2a_bias["default"]
+        torch.testing.assert_close(layer(x), expected)
+        assert layer.base_layer.bias is bias and isinstance(bias, nn.Parameter)
