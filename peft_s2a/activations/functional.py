@@ -18,11 +18,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from . import ops
 from .activation_functions import activation_function
 from .backends import BACKENDS
 from .codec import WIDTHS, math_dtype, pack, unpack
 from .levels import CodeTable, code_table
+from .ops import op_set, op_set_name
 
 
 ROUNDINGS = ("nearest", "stochastic")
@@ -60,6 +60,13 @@ class Quantizer:
                 raise ValueError(
                     f"levels must be {2**self.bits} finite numbers at {self.bits} bits, not {self.levels}"
                 )
+
+        object.__setattr__(self, "_op_set", op_set_name(self.backend))
+
+    @property
+    def ops(self):
+        """The ops, as attributes, that ``backend`` stands for; see `ops.op_set`."""
+        return getattr(torch.ops, self._op_set)
 
     def draw_seed(self) -> Tensor | None:
         """A fresh seed for stochastic rounding, None for rounding to nearest."""
@@ -112,8 +119,8 @@ def _encode_derivative(x: Tensor, name: str, params: dict, table: CodeTable, qua
     function = activation_function(name)
     if quantizer.rounding == "stochastic" and function.derivative is not None:
         derivative = function.derivative_torch(x if x.dtype == torch.float64 else x.float(), **params)
-        return ops.encode_levels(derivative, table.levels, table.bits, quantizer.draw_seed(), quantizer.backend)
-    return ops.encode_steps(x, table.thresholds, table.codes, table.bits, quantizer.backend)
+        return quantizer.ops.encode_levels(derivative, table.levels, table.bits, quantizer.draw_seed())
+    return quantizer.ops.encode_steps(x, table.thresholds, table.codes, table.bits)
 
 
 class _Activation(torch.autograd.Function):
@@ -121,7 +128,7 @@ class _Activation(torch.autograd.Function):
     def forward(ctx, x, name, params, table, quantizer, inplace, overwrite):
         function = activation_function(name)
         ctx.order = _memory_order(x)
-        ctx.table, ctx.backend = table, quantizer.backend
+        ctx.table, ctx.quantizer = table, quantizer
         ctx.save_for_backward(_encode_derivative(_flat(x, ctx.order), name, params, table, quantizer))
         if inplace:
             ctx.mark_dirty(x)
@@ -138,7 +145,7 @@ class _Activation(torch.autograd.Function):
         _refuse_double_backward()
         (packed,) = ctx.saved_tensors
         flat = _flat(grad, ctx.order)
-        d_x = ops.scale_by_levels(flat, packed, ctx.table.levels, ctx.table.bits, ctx.backend)
+        d_x = ctx.quantizer.ops.scale_by_levels(flat, packed, ctx.table.levels, ctx.table.bits)
         return _unflat(d_x, grad.shape, ctx.order), None, None, None, None, None, None
 
 
@@ -193,21 +200,14 @@ class _RowNorm(torch.autograd.Function):
         by_column = rows.shape[0] >= _ROWS_FOR_STATISTICS
         group_size = count if by_column else quantizer.group_size
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-            kept = ops.encode_norm(
-                rows,
-                eps,
-                center,
-                by_column,
-                quantizer.bits,
-                group_size,
-                quantizer.draw_seed(),
-                quantizer.backend,
+            kept = quantizer.ops.encode_norm(
+                rows, eps, center, by_column, quantizer.bits, group_size, quantizer.draw_seed()
             )
         else:
             kept = (None, None, None, None)
         ctx.save_for_backward(*kept, weight)
         ctx.settings = (center, quantizer.bits, group_size)
-        ctx.backend, ctx.count, ctx.x_dtype = quantizer.backend, count, x.dtype
+        ctx.quantizer, ctx.count, ctx.x_dtype = quantizer, count, x.dtype
         ctx.parameter_like = [None if p is None else (p.shape, p.dtype) for p in (weight, bias)]
         return y
 
@@ -221,8 +221,8 @@ class _RowNorm(torch.autograd.Function):
             d_x, d_weight, d_bias = None, None, rows.sum(0)
         else:
             flat_weight = None if weight is None else weight.reshape(-1)
-            d_x, d_weight, d_bias = ops.norm_backward(
-                rows, packed, scales, rstd, columns, flat_weight, *ctx.settings, list(wanted), ctx.backend
+            d_x, d_weight, d_bias = ctx.quantizer.ops.norm_backward(
+                rows, packed, scales, rstd, columns, flat_weight, *ctx.settings, list(wanted)
             )
         if wanted[0]:
             d_x = d_x.view(grad.shape).to(ctx.x_dtype)
@@ -278,7 +278,7 @@ def _encode_query(query: Tensor, quantizer: Quantizer) -> list[Tensor]:
     made of the same memory. So the attention of a layer and the prompts it attends to beside keep one set of codes."""
     settings = quantizer.bits, quantizer.group_size, quantizer.center_attention, True
     if torch.compiler.is_compiling() or quantizer.rounding != "nearest":
-        return list(ops.encode_heads(query, *settings, quantizer.draw_seed(), quantizer.backend))
+        return list(quantizer.ops.encode_heads(query, *settings, quantizer.draw_seed()))
     storage = StorageWeakRef(query.untyped_storage())
     layout = query.shape, query.stride(), query.storage_offset(), query.dtype, query._version, quantizer
     last = getattr(_last_query, "value", None)
@@ -286,7 +286,7 @@ def _encode_query(query: Tensor, quantizer: Quantizer) -> list[Tensor]:
         codes = [reference() for reference in last[2]]
         if all(code is not None for code in codes):
             return codes
-    codes = list(ops.encode_heads(query, *settings, None, quantizer.backend))
+    codes = list(quantizer.ops.encode_heads(query, *settings, None))
     _last_query.value = storage, layout, [weakref.ref(code) for code in codes]
     return codes
 
@@ -303,14 +303,13 @@ class _Attention(torch.autograd.Function):
         codes = [
             _encode_query(_with_heads(query), quantizer),
             *(
-                ops.encode_heads(
+                quantizer.ops.encode_heads(
                     _with_heads(x),
                     quantizer.bits,
                     quantizer.group_size,
                     quantizer.center_attention,
                     dropout_p > 0,
                     quantizer.draw_seed(),
-                    quantizer.backend,
                 )
                 for x in (key, value)
             ),
@@ -336,7 +335,7 @@ class _Attention(torch.autograd.Function):
             return (*_replay(ctx, grad, codes, mask, random_state), None, None, None, None, None)
         mask_wanted = ctx.needs_input_grad[3]
         scale = 1 / math.sqrt(ctx.dim) if ctx.scale is None else ctx.scale
-        *grads, d_mask = ops.attention_backward(
+        *grads, d_mask = ctx.quantizer.ops.attention_backward(
             _with_heads(grad),
             codes[0:3],
             codes[3:6],
@@ -348,7 +347,6 @@ class _Attention(torch.autograd.Function):
             ctx.quantizer.group_size,
             ctx.dim,
             mask_wanted,
-            ctx.quantizer.backend,
         )
         grads = [
             d.reshape(shape).to(dtype) if wanted else None
@@ -388,8 +386,9 @@ def _replay(ctx, grad: Tensor, codes: list[Tensor], mask: Tensor | None, random_
     inputs = []
     for which, (shape, dtype) in enumerate(zip(ctx.shapes, ctx.dtypes)):
         packed, scales, mean = codes[3 * which : 3 * which + 3]
-        settings = ctx.quantizer.bits, ctx.quantizer.group_size, shape[-1], dtype, ctx.quantizer.backend
-        x = ops.decode_groups(packed.flatten(0, 2), scales.flatten(0, 2), *settings).view(*packed.shape[:3], shape[-1])
+        settings = ctx.quantizer.bits, ctx.quantizer.group_size, shape[-1], dtype
+        x = ctx.quantizer.ops.decode_groups(packed.flatten(0, 2), scales.flatten(0, 2), *settings)
+        x = x.view(*packed.shape[:3], shape[-1])
         inputs.append((x.add_(mean) if mean.numel() else x).view(shape))
     inputs.append(mask)
     devices = [grad.device] if grad.is_cuda else []
@@ -451,24 +450,24 @@ class _Softmax(torch.autograd.Function):
         # square roots: most probabilities are small, and an even grid would code them all as zero
         rows = rows.reshape(-1, rows.shape[-1])
         seed = quantizer.draw_seed()
-        ctx.save_for_backward(*ops.encode_roots(rows, quantizer.bits, quantizer.group_size, seed, quantizer.backend))
+        ctx.save_for_backward(*quantizer.ops.encode_roots(rows, quantizer.bits, quantizer.group_size, seed))
         return p
 
     @staticmethod
     def backward(ctx, grad):
         _refuse_double_backward()
         rows = grad.movedim(ctx.dim, -1)
-        settings = ctx.quantizer.bits, ctx.quantizer.group_size, ctx.quantizer.backend
-        d_x = ops.softmax_backward(rows.reshape(-1, rows.shape[-1]), *ctx.saved_tensors, *settings)
+        settings = ctx.quantizer.bits, ctx.quantizer.group_size
+        d_x = ctx.quantizer.ops.softmax_backward(rows.reshape(-1, rows.shape[-1]), *ctx.saved_tensors, *settings)
         return d_x.view(rows.shape).movedim(-1, ctx.dim).to(ctx.dtype), None, None
 
 
 def _encode_rows(rows: Tensor, quantizer: Quantizer) -> tuple[Tensor, Tensor]:
-    return ops.encode_groups(rows, quantizer.bits, quantizer.group_size, quantizer.draw_seed(), quantizer.backend)
+    return quantizer.ops.encode_groups(rows, quantizer.bits, quantizer.group_size, quantizer.draw_seed())
 
 
 def _decode_rows(packed: Tensor, scales: Tensor, quantizer: Quantizer, count: int, dtype: torch.dtype) -> Tensor:
-    return ops.decode_groups(packed, scales, quantizer.bits, quantizer.group_size, count, dtype, quantizer.backend)
+    return quantizer.ops.decode_groups(packed, scales, quantizer.bits, quantizer.group_size, count, dtype)
 
 
 def softmax(x: Tensor, dim: int, *, quantizer: Quantizer) -> Tensor:
@@ -497,8 +496,8 @@ class _GatedActivation(torch.autograd.Function):
         rows = grad.reshape(-1, grad.shape[-1])
         saved, quantizer = ctx.saved_tensors, ctx.quantizer
         function = ctx.name, list(ctx.params), [float(value) for value in ctx.params.values()]
-        settings = quantizer.bits, quantizer.group_size, quantizer.backend
-        grads = ops.gated_backward(rows, saved[:2], saved[2:], *function, *settings)
+        settings = quantizer.bits, quantizer.group_size
+        grads = quantizer.ops.gated_backward(rows, saved[:2], saved[2:], *function, *settings)
         d_gate, d_up = (d.view(grad.shape).to(dtype) for d, dtype in zip(grads, ctx.dtypes))
         return d_gate, d_up, None, None, None
 
@@ -531,8 +530,8 @@ class _GroupNorm(torch.autograd.Function):
         kept = (None, None, None, None)
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
             rows = x.reshape(x.shape[0] * num_groups, -1)
-            kept = ops.encode_norm(
-                rows, eps, True, False, quantizer.bits, quantizer.group_size, quantizer.draw_seed(), quantizer.backend
+            kept = quantizer.ops.encode_norm(
+                rows, eps, True, False, quantizer.bits, quantizer.group_size, quantizer.draw_seed()
             )
         ctx.save_for_backward(*kept, weight)
         ctx.num_groups, ctx.quantizer, ctx.dtype = num_groups, quantizer, x.dtype
@@ -547,9 +546,9 @@ class _GroupNorm(torch.autograd.Function):
         d_x = d_weight = d_bias = None
         if ctx.needs_input_grad[0]:
             g = grad if weight is None else grad * _per_channel(weight, grad).to(grad.dtype)
-            d_x, _, _ = ops.norm_backward(
+            d_x, _, _ = quantizer.ops.norm_backward(
                 g.reshape(rstd.shape[0], -1), packed, scales, rstd, columns, None, True, quantizer.bits, quantizer.group_size,
-                [True, False, False], quantizer.backend,
+                [True, False, False],
             )  # fmt: skip
             d_x = d_x.view(grad.shape).to(ctx.dtype)
         if ctx.needs_input_grad[1]:
@@ -588,9 +587,9 @@ class _BatchNorm(torch.autograd.Function):
         codes = (None, None)
         # with frozen statistics dx = dy * weight * rstd needs nothing of x
         if ctx.needs_input_grad[1] or (live and ctx.needs_input_grad[0]):
-            codes = ops.encode_channels(
+            codes = quantizer.ops.encode_channels(
                 x.flatten(2) if x.dim() > 2 else x.unsqueeze(2), mean, rstd, quantizer.bits, quantizer.group_size,
-                quantizer.draw_seed(), quantizer.backend,
+                quantizer.draw_seed(),
             )  # fmt: skip
         ctx.save_for_backward(*codes, rstd, weight)
         ctx.live, ctx.quantizer, ctx.dtype = live, quantizer, x.dtype
@@ -608,8 +607,10 @@ class _BatchNorm(torch.autograd.Function):
             d_weight, d_bias = None, grad.sum(_not_channels(grad)) if wanted[2] else None
         else:
             rows = grad.flatten(2) if grad.dim() > 2 else grad.unsqueeze(2)
-            settings = ctx.live, ctx.quantizer.bits, ctx.quantizer.group_size, list(wanted), ctx.quantizer.backend
-            d_x, d_weight, d_bias = ops.batch_norm_backward(rows, packed, scales, rstd, weight, *settings)
+            settings = ctx.live, ctx.quantizer.bits, ctx.quantizer.group_size, list(wanted)
+            d_x, d_weight, d_bias = ctx.quantizer.ops.batch_norm_backward(
+                rows, packed, scales, rstd, weight, *settings
+            )
         d_x = d_x.view(grad.shape).to(ctx.dtype) if wanted[0] else None
         d_parameters = (
             d.to(dtype) if want else None
@@ -644,17 +645,17 @@ def batch_norm(
 
 class _MaxPool2d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, kernel_size, stride, padding, dilation, ceil_mode, backend):
+    def forward(ctx, x, kernel_size, stride, padding, dilation, ceil_mode, quantizer):
         ctx.bits = next(bits for bits in WIDTHS if 2**bits >= kernel_size[0] * kernel_size[1])
-        ctx.geometry, ctx.size, ctx.backend = (kernel_size, stride, padding, dilation), x.shape[-2:], backend
-        y, packed = ops.max_pool2d(x, *ctx.geometry, ceil_mode, ctx.bits, backend)
+        ctx.geometry, ctx.size, ctx.quantizer = (kernel_size, stride, padding, dilation), x.shape[-2:], quantizer
+        y, packed = quantizer.ops.max_pool2d(x, *ctx.geometry, ceil_mode, ctx.bits)
         ctx.save_for_backward(packed)
         return y
 
     @staticmethod
     def backward(ctx, grad):
         _refuse_double_backward()
-        d_x = ops.max_pool2d_backward(grad, *ctx.saved_tensors, *ctx.geometry, *ctx.size, ctx.bits, ctx.backend)
+        d_x = ctx.quantizer.ops.max_pool2d_backward(grad, *ctx.saved_tensors, *ctx.geometry, *ctx.size, ctx.bits)
         return d_x, None, None, None, None, None, None
 
 
@@ -680,7 +681,7 @@ def max_pool2d(
     kernel, step = _pair(kernel_size), _pair(kernel_size if stride in (None, [], ()) else stride)
     if not _recording(x) or x.numel() == 0 or kernel[0] * kernel[1] > 256:
         return F.max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode)
-    return _MaxPool2d.apply(x, kernel, step, _pair(padding), _pair(dilation), ceil_mode, quantizer.backend)
+    return _MaxPool2d.apply(x, kernel, step, _pair(padding), _pair(dilation), ceil_mode, quantizer)
 
 
 class _Dropout(torch.autograd.Function):
@@ -689,14 +690,14 @@ class _Dropout(torch.autograd.Function):
         # the stock operator on ones draws the very mask it would draw for x
         noise = F.dropout(torch.ones_like(x), p)
         ctx.order, ctx.p = _memory_order(x), p
-        ctx.save_for_backward(ops.encode_steps(_flat(noise, ctx.order), (0.0,), (0, 1), 1, "auto"))
+        ctx.save_for_backward(op_set("auto").encode_steps(_flat(noise, ctx.order), (0.0,), (0, 1), 1))
         return noise.mul_(x)
 
     @staticmethod
     def backward(ctx, grad):
         _refuse_double_backward()
         (packed,) = ctx.saved_tensors
-        d_x = ops.scale_by_levels(_flat(grad, ctx.order), packed, (0.0, 1 / (1 - ctx.p)), 1, "auto")
+        d_x = op_set("auto").scale_by_levels(_flat(grad, ctx.order), packed, (0.0, 1 / (1 - ctx.p)), 1)
         return _unflat(d_x, grad.shape, ctx.order), None
 
 

@@ -1,33 +1,36 @@
-"""The ops of this package, declared once: schema, shapes for fake tensors, dispatch to a backend.
+"""The ops of this package, declared once: schema and shapes for fake tensors, for two sets of ops.
 
-They know tensors and codes, not modules and not autograd; `functional` builds differentiable functions on them. All
-are pure. ``R`` and ``C`` are rows and row length, ``W`` is ``codec.packed_width(C, bits)``; ``seed`` is a 0-dim int64
-CPU tensor, drawn for stochastic rounding, or None for rounding to nearest.
+``s2a::name`` runs what torch's dispatcher finds for the device: the fused kernels of `backends`, which register
+themselves at the first call there, or the reference. ``s2a_reference::name`` is always the reference. `op_set` picks.
+
+Ops know tensors and codes, not modules and not autograd; `functional` builds differentiable functions on them. All are
+pure. ``R`` and ``C`` are rows and row length, ``W`` is ``codec.packed_width(C, bits)``; ``seed`` is a 0-dim int64 CPU
+tensor, drawn for stochastic rounding, or None for rounding to nearest.
 """
+
+import functools
+import threading
+from collections.abc import Callable
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends
+from .backends import reference
 from .codec import math_dtype, packed_width, scales_width
 
 
+_declared: dict[str, tuple[str, Callable]] = {}  # schema and fake implementation of every op
+
+
 def _op(schema: str):
-    """Declare ``s2a::schema`` with the decorated function as its implementation for every device. The implementation
-    is given all arguments but ``backend`` (the last), resolves the backend by it, and passes them on."""
+    """Declare an op: its schema, and the decorated function as its implementation for fake tensors."""
 
     def declare(fake):
-        name = fake.__name__
-        torch.library.define(f"s2a::{name}", schema)
-        torch.library.register_fake(f"s2a::{name}", fake)
-
-        @torch.library.impl(f"s2a::{name}", "CompositeExplicitAutograd")
-        def run(*args):
-            *args, backend = (a.item() if isinstance(a, Tensor) and a.dtype == torch.int64 else a for a in args)
-            return getattr(backends.select(backend, args[0].device, name), name)(*args)
-
-        return getattr(torch.ops.s2a, name)
+        _declared[fake.__name__] = schema, fake
+        return fake
 
     return declare
 
@@ -38,54 +41,54 @@ def _groups_like(x: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]
     return packed, x.new_empty(rows, scales_width(count, group_size), dtype=torch.uint8)
 
 
-@_op("(Tensor x, float[] thresholds, int[] codes, int bits, str backend) -> Tensor")
-def encode_steps(x, thresholds, codes, bits, backend):
+@_op("(Tensor x, float[] thresholds, int[] codes, int bits) -> Tensor")
+def encode_steps(x, thresholds, codes, bits):
     """Code every value of ``x`` (1-D, floating) as ``codes[number of thresholds below it]``: uint8 ``[W]``, one
     row."""
     return x.new_empty(packed_width(x.shape[0], bits), dtype=torch.uint8)
 
 
-@_op("(Tensor values, float[] levels, int bits, Tensor seed, str backend) -> Tensor")
-def encode_levels(values, levels, bits, seed, backend):
+@_op("(Tensor values, float[] levels, int bits, Tensor seed) -> Tensor")
+def encode_levels(values, levels, bits, seed):
     """Round every value (1-D, floating) stochastically to one of the two ascending levels around it: uint8 ``[W]``."""
     return values.new_empty(packed_width(values.shape[0], bits), dtype=torch.uint8)
 
 
-@_op("(Tensor grad, Tensor packed, float[] levels, int bits, str backend) -> Tensor")
-def scale_by_levels(grad, packed, levels, bits, backend):
+@_op("(Tensor grad, Tensor packed, float[] levels, int bits) -> Tensor")
+def scale_by_levels(grad, packed, levels, bits):
     """``grad * levels[code]`` (1-D, dtype of ``grad``)."""
     return torch.empty_like(grad)
 
 
-@_op("(Tensor x, int bits, int group_size, Tensor? seed, str backend) -> (Tensor, Tensor)")
-def encode_groups(x, bits, group_size, seed, backend):
+@_op("(Tensor x, int bits, int group_size, Tensor? seed) -> (Tensor, Tensor)")
+def encode_groups(x, bits, group_size, seed):
     """Code ``x`` (``[R, C]``) in groups, see `codec.encode_groups`: uint8 ``[R, W]`` and ``[R, scales_width]``."""
     return _groups_like(x, bits, group_size)
 
 
-@_op("(Tensor p, int bits, int group_size, Tensor? seed, str backend) -> (Tensor, Tensor)")
-def encode_roots(p, bits, group_size, seed, backend):
+@_op("(Tensor p, int bits, int group_size, Tensor? seed) -> (Tensor, Tensor)")
+def encode_roots(p, bits, group_size, seed):
     """Code the square roots of ``p`` (``[R, C]``, not negative) as `encode_groups` does."""
     return _groups_like(p, bits, group_size)
 
 
-@_op("(Tensor x, Tensor mean, Tensor rstd, int bits, int group_size, Tensor? seed, str backend) -> (Tensor, Tensor)")
-def encode_channels(x, mean, rstd, bits, group_size, seed, backend):
+@_op("(Tensor x, Tensor mean, Tensor rstd, int bits, int group_size, Tensor? seed) -> (Tensor, Tensor)")
+def encode_channels(x, mean, rstd, bits, group_size, seed):
     """Code ``(x - mean) * rstd`` (``x`` ``[B, C, M]``, the others ``[C]``) as `encode_groups` does, a row a sample."""
     return _groups_like(x.flatten(1), bits, group_size)
 
 
-@_op("(Tensor packed, Tensor scales, int bits, int group_size, SymInt count, ScalarType dtype, str backend) -> Tensor")
-def decode_groups(packed, scales, bits, group_size, count, dtype, backend):
+@_op("(Tensor packed, Tensor scales, int bits, int group_size, SymInt count, ScalarType dtype) -> Tensor")
+def decode_groups(packed, scales, bits, group_size, count, dtype):
     """The values (``[R, count]``, ``dtype``) behind `encode_groups`' codes."""
     return packed.new_empty(packed.shape[0], count, dtype=dtype)
 
 
 @_op(
-    "(Tensor x, float eps, bool center, bool by_column, int bits, int group_size, Tensor? seed, str backend)"
+    "(Tensor x, float eps, bool center, bool by_column, int bits, int group_size, Tensor? seed)"
     " -> (Tensor, Tensor, Tensor, Tensor)"
 )
-def encode_norm(x, eps, center, by_column, bits, group_size, seed, backend):
+def encode_norm(x, eps, center, by_column, bits, group_size, seed):
     """Code the normalised rows of ``x`` (``[R, C]``): ``(x - mean) * rstd`` with ``center`` (LayerNorm), ``x * rstd``
     without (RMSNorm); ``by_column``: with standardised columns, see `codec.column_statistics`. Returns codes and
     scales as `encode_groups`, ``rstd`` (``[R]``, float32 or float64) and the columns' statistics (empty without
@@ -97,9 +100,9 @@ def encode_norm(x, eps, center, by_column, bits, group_size, seed, backend):
 
 @_op(
     "(Tensor grad, Tensor packed, Tensor scales, Tensor rstd, Tensor columns, Tensor? weight, bool center, int bits, "
-    "int group_size, bool[] wanted, str backend) -> (Tensor, Tensor, Tensor)"
+    "int group_size, bool[] wanted) -> (Tensor, Tensor, Tensor)"
 )
-def norm_backward(grad, packed, scales, rstd, columns, weight, center, bits, group_size, wanted, backend):
+def norm_backward(grad, packed, scales, rstd, columns, weight, center, bits, group_size, wanted):
     """Gradients of a row normalisation from `encode_norm`'s codes and ``grad`` (``[R, C]``) for the input (dtype of
     ``grad``), the weight and the bias (``[C]``, float32 or float64); those not ``wanted`` are empty."""
     dtype = math_dtype(grad.dtype)
@@ -113,9 +116,9 @@ def norm_backward(grad, packed, scales, rstd, columns, weight, center, bits, gro
 
 @_op(
     "(Tensor grad, Tensor packed, Tensor scales, Tensor rstd, Tensor? weight, bool live, int bits, int group_size, "
-    "bool[] wanted, str backend) -> (Tensor, Tensor, Tensor)"
+    "bool[] wanted) -> (Tensor, Tensor, Tensor)"
 )
-def batch_norm_backward(grad, packed, scales, rstd, weight, live, bits, group_size, wanted, backend):
+def batch_norm_backward(grad, packed, scales, rstd, weight, live, bits, group_size, wanted):
     """Gradients of a batch normalisation from `encode_channels`' codes and ``grad`` (``[B, C, M]``) for the input
     (dtype of ``grad``), the weight and the bias (``[C]``, float32 or float64); those not ``wanted`` are empty.
     ``live``: the statistics are the batch's."""
@@ -127,28 +130,27 @@ def batch_norm_backward(grad, packed, scales, rstd, weight, live, bits, group_si
     )
 
 
-@_op("(Tensor grad, Tensor packed, Tensor scales, int bits, int group_size, str backend) -> Tensor")
-def softmax_backward(grad, packed, scales, bits, group_size, backend):
+@_op("(Tensor grad, Tensor packed, Tensor scales, int bits, int group_size) -> Tensor")
+def softmax_backward(grad, packed, scales, bits, group_size):
     """Gradient of softmax over rows from `encode_roots`' codes of its results, scaled to sum to one, and ``grad``
     (``[R, C]``)."""
     return torch.empty_like(grad, memory_format=torch.contiguous_format)
 
 
 @_op(
-    "(Tensor grad, Tensor[] gate, Tensor[] up, str name, str[] keys, float[] values, int bits, int group_size, str "
-    "backend) -> (Tensor, Tensor)"
+    "(Tensor grad, Tensor[] gate, Tensor[] up, str name, str[] keys, float[] values, int bits, int group_size) -> (Tensor, Tensor)"
 )
-def gated_backward(grad, gate, up, name, keys, values, bits, group_size, backend):
+def gated_backward(grad, gate, up, name, keys, values, bits, group_size):
     """Gradients of ``f(gate) * up`` (dtype of ``grad``, ``[R, C]``) from `encode_groups`' results for both; ``f`` is
     activation function ``name`` with the parameters ``keys`` and their ``values``."""
     return tuple(torch.empty_like(grad, memory_format=torch.contiguous_format) for _ in range(2))
 
 
 @_op(
-    "(Tensor x, int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool ceil_mode, int bits, str backend)"
+    "(Tensor x, int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool ceil_mode, int bits)"
     " -> (Tensor, Tensor)"
 )
-def max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode, bits, backend):
+def max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode, bits):
     """`torch.nn.functional.max_pool2d` (``[..., H, W]``) and the place of each maximum in its window, row by row, as
     codes: uint8 ``[W]``, one row."""
     y = F.max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode)
@@ -157,18 +159,15 @@ def max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode, bits, backe
 
 @_op(
     "(Tensor grad, Tensor packed, int[] kernel_size, int[] stride, int[] padding, int[] dilation, SymInt height, "
-    "SymInt width, int bits, str backend) -> Tensor"
+    "SymInt width, int bits) -> Tensor"
 )
-def max_pool2d_backward(grad, packed, kernel_size, stride, padding, dilation, height, width, bits, backend):
+def max_pool2d_backward(grad, packed, kernel_size, stride, padding, dilation, height, width, bits):
     """Gradient of `max_pool2d` for inputs of ``height`` and ``width``, from its codes."""
     return grad.new_empty(*grad.shape[:-2], height, width)
 
 
-@_op(
-    "(Tensor x, int bits, int group_size, bool center, bool keep_mean, Tensor? seed, str backend)"
-    " -> (Tensor, Tensor, Tensor)"
-)
-def encode_heads(x, bits, group_size, center, keep_mean, seed, backend):
+@_op("(Tensor x, int bits, int group_size, bool center, bool keep_mean, Tensor? seed) -> (Tensor, Tensor, Tensor)")
+def encode_heads(x, bits, group_size, center, keep_mean, seed):
     """Code the last dimension of ``x`` (``[B, H, N, D]``, any strides) in groups, minus its mean over N with
     ``center``.
 
@@ -184,9 +183,9 @@ def encode_heads(x, bits, group_size, center, keep_mean, seed, backend):
 
 @_op(
     "(Tensor grad, Tensor[] query, Tensor[] key, Tensor[] value, Tensor? mask, bool is_causal, float scale, int bits,"
-    " int group_size, SymInt dim, bool mask_wanted, str backend) -> (Tensor, Tensor, Tensor, Tensor)"
+    " int group_size, SymInt dim, bool mask_wanted) -> (Tensor, Tensor, Tensor, Tensor)"
 )
-def attention_backward(grad, query, key, value, mask, is_causal, scale, bits, group_size, dim, mask_wanted, backend):
+def attention_backward(grad, query, key, value, mask, is_causal, scale, bits, group_size, dim, mask_wanted):
     """Gradients of attention for query, key, value and mask, see `backends.attention`; ``query``, ``key`` and
     ``value`` are the three results of `encode_heads`, ``dim`` the query's head size."""
     d_q, d_k, d_v = (
@@ -196,8 +195,8 @@ def attention_backward(grad, query, key, value, mask, is_causal, scale, bits, gr
     return d_q, d_k, d_v, grad.new_empty(mask.shape if mask_wanted else (0,), dtype=math_dtype(grad.dtype))
 
 
-@_op("(Tensor attended, Tensor query, Tensor key, Tensor value, float scale, str backend) -> Tensor")
-def prompt_attention(attended, query, key, value, scale, backend):
+@_op("(Tensor attended, Tensor query, Tensor key, Tensor value, float scale) -> Tensor")
+def prompt_attention(attended, query, key, value, scale):
     """``attended + softmax(scale query key^T) value``: ``attended`` is ``[B, N, H * Ev]``, ``query`` ``[B, H, N, E]``
     of any strides, ``key`` and ``value`` ``[H, P, E]`` and ``[H, P, Ev]``, equal for all samples. The result is like
     ``attended``."""
@@ -205,12 +204,90 @@ def prompt_attention(attended, query, key, value, scale, backend):
 
 
 @_op(
-    "(Tensor grad, Tensor[] query, Tensor key, Tensor value, float scale, int bits, int group_size, str backend)"
+    "(Tensor grad, Tensor[] query, Tensor key, Tensor value, float scale, int bits, int group_size)"
     " -> (Tensor, Tensor, Tensor)"
 )
-def prompt_attention_backward(grad, query, key, value, scale, bits, group_size, backend):
+def prompt_attention_backward(grad, query, key, value, scale, bits, group_size):
     """Gradients of `prompt_attention` for the query (``[B, N, H * E]``, dtype of ``grad``), keys and values (float32
     or float64); ``query`` are the three results of `encode_heads`."""
     dtype, (heads, _, dim) = math_dtype(grad.dtype), key.shape
     d_query = grad.new_empty(grad.shape[0], grad.shape[1], heads * dim)
     return d_query, key.new_empty(key.shape, dtype=dtype), value.new_empty(value.shape, dtype=dtype)
+
+
+def _define(namespace: str, implementation: Callable[[str], Callable]) -> None:
+    """Define every declared op, with what ``implementation`` gives for its name as the one for every device."""
+    for name, (schema, fake) in _declared.items():
+        torch.library.define(f"{namespace}::{name}", schema)
+        torch.library.register_fake(f"{namespace}::{name}", fake)
+        torch.library.impl(f"{namespace}::{name}", "CompositeExplicitAutograd", implementation(name))
+
+
+def _plain(module: ModuleType, name: str) -> Callable:
+    """The function of ``module`` for an op, which takes seeds as numbers."""
+    function = getattr(module, name)
+
+    @functools.wraps(function)
+    def run(*args):
+        return function(*(a.item() if isinstance(a, Tensor) and a.dtype == torch.int64 else a for a in args))
+
+    return run
+
+
+def _dispatched(name: str) -> Callable:
+    """What runs where no kernel is registered for a device: its kernels, once they are loaded, or the reference."""
+    run_reference = _plain(reference, name)
+
+    @functools.wraps(run_reference)
+    def run(*args):
+        if name in _load(args[0].device.type):
+            return getattr(torch.ops.s2a, name)(*args)
+        return run_reference(*args)
+
+    return run
+
+
+_loaded: dict[str, frozenset[str]] = {}
+_loading = threading.Lock()
+
+
+def _load(device: str) -> frozenset[str]:
+    """Register the fused kernels for devices of a type, at the first call; the names of their ops."""
+    with _loading:
+        if device not in _loaded:
+            module = backends.fused(device)
+            names = frozenset(name for name in _declared if hasattr(module, name))
+            for name in names:
+                torch.library.impl(f"s2a::{name}", device, _plain(module, name))
+            _loaded[device] = names
+    return _loaded[device]
+
+
+def op_set(backend: str):
+    """The ops, as attributes, for what the user asked for as ``backend``."""
+    return getattr(torch.ops, op_set_name(backend))
+
+
+def op_set_name(backend: str) -> str:
+    """The namespace of the ops for ``backend``. Those that the user names are checked here, with a warning where they
+    do not run; the others where the dispatcher looks for kernels."""
+    if backend == "auto":
+        return "s2a"
+    if backend == "reference" or not backends.check(backend):
+        return "s2a_reference"
+    if backend == "triton" and backends.is_interpreted():
+        _define_interpreted()
+        return "s2a_triton"
+    return "s2a"
+
+
+@functools.cache
+def _define_interpreted() -> None:
+    """Triton's kernels on the CPU, in its interpreter, are a set of their own: there the dispatcher finds others."""
+    from .backends import triton
+
+    _define("s2a_triton", lambda name: _plain(triton if hasattr(triton, name) else reference, name))
+
+
+_define("s2a", _dispatched)
+_define("s2a_reference", functools.partial(_plain, reference))

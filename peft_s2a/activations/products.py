@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops
 from .functional import Quantizer, _autocast_dtype, _recording, _refuse_double_backward
 
 
@@ -34,21 +33,20 @@ class _Kept:
         while rows.dim() < 4:
             rows = rows.unsqueeze(0)
         rows = rows.flatten(0, -4)
-        self.tensors = ops.encode_heads(
-            rows, quantizer.bits, quantizer.group_size, True, True, quantizer.draw_seed(), quantizer.backend
+        self.tensors = quantizer.ops.encode_heads(
+            rows, quantizer.bits, quantizer.group_size, True, True, quantizer.draw_seed()
         )
 
     def restore(self, packed: Tensor | None, scales: Tensor | None, mean: Tensor | None) -> Tensor | None:
         if not self.coded:
             return packed
-        x = ops.decode_groups(
+        x = self.quantizer.ops.decode_groups(
             packed.flatten(0, 2),
             scales.flatten(0, 2),
             self.quantizer.bits,
             self.quantizer.group_size,
             self.shape[-1],
             self.dtype,
-            self.quantizer.backend,
         ).view(*packed.shape[:3], self.shape[-1])
         if mean.numel():
             x = x.add_(mean)
@@ -145,7 +143,7 @@ class _Normalize(torch.autograd.Function):
     def forward(ctx, x, eps, quantizer):
         count = x.shape[-1]
         # a row of the result is the row over its root mean square, times count ** -0.5
-        kept = ops.encode_norm(
+        kept = quantizer.ops.encode_norm(
             x.reshape(-1, count),
             eps**2 / count,
             False,
@@ -153,7 +151,6 @@ class _Normalize(torch.autograd.Function):
             quantizer.bits,
             quantizer.group_size,
             quantizer.draw_seed(),
-            quantizer.backend,
         )
         ctx.save_for_backward(*kept)
         ctx.quantizer = quantizer
@@ -163,9 +160,9 @@ class _Normalize(torch.autograd.Function):
     def backward(ctx, grad):
         _refuse_double_backward()
         count = grad.shape[-1]
-        bits, group_size, backend = ctx.quantizer.bits, ctx.quantizer.group_size, ctx.quantizer.backend
-        d_x, _, _ = ops.norm_backward(
-            grad.reshape(-1, count), *ctx.saved_tensors, None, False, bits, group_size, [True, False, False], backend
+        bits, group_size = ctx.quantizer.bits, ctx.quantizer.group_size
+        d_x, _, _ = ctx.quantizer.ops.norm_backward(
+            grad.reshape(-1, count), *ctx.saved_tensors, None, False, bits, group_size, [True, False, False]
         )
         return d_x.mul_(count**-0.5).view(grad.shape), None, None
 

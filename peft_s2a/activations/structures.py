@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import ops
 from .activation_functions import activation_function
 from .backends import reference
 from .functional import Quantizer, _encode_query, _recording, _refuse_double_backward
@@ -73,7 +72,7 @@ class _AddPromptAttention(torch.autograd.Function):
         ctx.query_like = query.shape, query.dtype
         rows = attended.reshape(heads.shape[0], heads.shape[2], -1)
         gated = _gated(query, key, value, gate, num_heads)
-        return ops.prompt_attention(rows, heads, *gated, ctx.scale, quantizer.backend).view(attended.shape)
+        return quantizer.ops.prompt_attention(rows, heads, *gated, ctx.scale).view(attended.shape)
 
     @staticmethod
     def backward(ctx, grad):
@@ -81,9 +80,9 @@ class _AddPromptAttention(torch.autograd.Function):
         packed, scales, mean, *parameters = ctx.saved_tensors
         samples, heads, tokens, _ = packed.shape
         shape, dtype = ctx.query_like
-        d_query, d_key, d_value = ops.prompt_attention_backward(
+        d_query, d_key, d_value = ctx.quantizer.ops.prompt_attention_backward(
             grad.reshape(samples, tokens, -1), [packed, scales, mean], *_gated(grad, *parameters, heads), ctx.scale,
-            ctx.quantizer.bits, ctx.quantizer.group_size, ctx.quantizer.backend,
+            ctx.quantizer.bits, ctx.quantizer.group_size,
         )  # fmt: skip
         d_query = d_query.view(shape).to(dtype) if ctx.needs_input_grad[1] else None
         return grad, d_query, *_ungated(d_key, d_value, *parameters), None, None
@@ -139,9 +138,7 @@ class _AddLowRank(torch.autograd.Function):
         kept = (None, None)
         if ctx.needs_input_grad[2] or (ctx.needs_input_grad[1] and activation is not None):
             rows = hidden.reshape(-1, hidden.shape[-1])
-            kept = ops.encode_groups(
-                rows, quantizer.bits, quantizer.group_size, quantizer.draw_seed(), quantizer.backend
-            )
+            kept = quantizer.ops.encode_groups(rows, quantizer.bits, quantizer.group_size, quantizer.draw_seed())
         ctx.save_for_backward(*kept, up)
         ctx.scaling, ctx.activation, ctx.quantizer = scaling, activation, quantizer
         ctx.hidden_like = hidden.shape, hidden.dtype
@@ -155,9 +152,8 @@ class _AddLowRank(torch.autograd.Function):
         function = None if ctx.activation is None else activation_function(ctx.activation)
         hidden = d_hidden = d_up = None
         if packed is not None:
-            hidden = ops.decode_groups(
-                packed, scales, ctx.quantizer.bits, ctx.quantizer.group_size, up.shape[1], grad.dtype,
-                ctx.quantizer.backend,
+            hidden = ctx.quantizer.ops.decode_groups(
+                packed, scales, ctx.quantizer.bits, ctx.quantizer.group_size, up.shape[1], grad.dtype
             )  # fmt: skip
         if ctx.needs_input_grad[1]:
             d_hidden = (rows @ up).mul_(ctx.scaling)

@@ -31,7 +31,7 @@ def workspace_bytes(function: Any, args: tuple, output: Any) -> int:
         args: Its arguments.
         output: What it returned.
     """
-    kernel = _attention_backward if function._schema.name == "s2a::attention_backward" else _KERNELS.get(function)
+    kernel = _attention_backward if function._schema.name.endswith("::attention_backward") else _KERNELS.get(function)
     return kernel(args, output) if kernel is not None else 0
 
 

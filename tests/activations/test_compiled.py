@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_s2a.activations.backends import compiled, reference, select
+from peft_s2a.activations.backends import compiled
+from peft_s2a.activations.ops import op_set
 
 
 pytestmark = pytest.mark.skipif(compiled.library() is None, reason="no C compiler")
@@ -111,23 +112,25 @@ class TestAttention:
 
 
 class TestSelection:
-    def test_auto_takes_the_kernels_on_cpu_and_the_reference_for_what_they_lack(self):
-        cpu = torch.device("cpu")
-        assert select("auto", cpu, "encode_norm") is compiled
-        assert select("compiled", cpu, "encode_norm") is compiled
-        assert select("reference", cpu, "encode_norm") is reference
-        assert (
-            compiled.encode_norm(torch.randn(2, 8).double(), 1e-5, True, False, 4, 8, None)[2].dtype == torch.float64
+    def test_float64_is_the_references(self):
+        x = torch.randn(2, 8).double()
+        ours, theirs = (
+            op_set(backend).encode_norm(x, 1e-5, True, False, 4, 8, None) for backend in ("auto", "reference")
         )
+        assert ours[2].dtype == torch.float64 and all(torch.equal(our, their) for our, their in zip(ours, theirs))
 
-    def test_without_a_compiler_one_warning_and_the_reference(self, tmp_path):
-        script = """
+    @pytest.mark.parametrize("backend", ["auto", "compiled"])
+    def test_without_a_compiler_one_warning_and_the_reference(self, tmp_path, backend):
+        script = f"""
             import warnings, torch
-            from peft_s2a.activations.backends import reference, select
+            from peft_s2a.activations.ops import op_set
+            x = torch.randn(4, 32)
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                chosen = [select("auto", torch.device("cpu"), "encode_norm") for _ in range(3)]
-            assert all(module is reference for module in chosen)
+                codes = [op_set("{backend}").encode_groups(x, 4, 8, None) for _ in range(3)]
+            theirs = op_set("reference").encode_groups(x, 4, 8, None)
+            assert all(torch.equal(a, b) for ours in codes for a, b in zip(ours, theirs))
+            assert not torch._C._dispatch_has_kernel_for_dispatch_key("s2a::encode_groups", "CPU")
             messages = [str(w.message) for w in caught if "fused CPU kernels" in str(w.message)]
             assert len(messages) == 1 and "C compiler" in messages[0], messages
         """

@@ -4,20 +4,22 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from peft_s2a.activations import functional, ops
+from peft_s2a.activations import functional
 from peft_s2a.activations.functional import Quantizer
+from peft_s2a.activations.ops import op_set, op_set_name
 
 
 def _calls():
+    ops = op_set("reference")
     x, grad, seed = torch.randn(5, 24), torch.randn(5, 24), torch.tensor(7)
     heads = torch.randn(2, 7, 3, 8).transpose(1, 2)
-    groups = ops.encode_groups(x, 3, 8, None, "reference")
-    normed = ops.encode_norm(x, 1e-5, True, True, 4, 24, None, "reference")
-    coded = list(ops.encode_heads(heads, 4, 8, True, True, None, "reference"))
+    groups = ops.encode_groups(x, 3, 8, None)
+    normed = ops.encode_norm(x, 1e-5, True, True, 4, 24, None)
+    coded = list(ops.encode_heads(heads, 4, 8, True, True, None))
     mask = torch.randn(1, 3, 7, 7)
     maps, channels = torch.randn(2, 3, 12), (torch.randn(3), torch.rand(3))
-    mapped = ops.encode_channels(maps, *channels, 4, 8, None, "reference")
-    pooled = ops.max_pool2d(maps, [2, 2], [2, 1], [1, 0], [1, 1], True, 2, "reference")
+    mapped = ops.encode_channels(maps, *channels, 4, 8, None)
+    pooled = ops.max_pool2d(maps, [2, 2], [2, 1], [1, 0], [1, 1], True, 2)
     return {
         "encode_steps": (x.view(-1), [-0.5, 0.5], [0, 1, 2], 2),
         "encode_levels": (x.view(-1), [0.0, 0.2, 0.5, 1.0], 2, seed),
@@ -41,9 +43,25 @@ def _calls():
 @pytest.mark.parametrize("backend", ["reference", "auto", "triton"])
 @pytest.mark.parametrize("name", _calls())
 def test_schema_and_fake_implementation_match_the_real_one(name, backend):
-    torch.library.opcheck(
-        getattr(torch.ops.s2a, name).default, (*_calls()[name], backend), test_utils=("test_schema", "test_faketensor")
-    )
+    op = getattr(op_set(backend), name).default
+    torch.library.opcheck(op, _calls()[name], test_utils=("test_schema", "test_faketensor"))
+
+
+def test_the_backend_is_an_op_set_and_no_argument():
+    assert op_set_name("auto") == op_set_name("compiled") == "s2a"
+    assert op_set_name("reference") == "s2a_reference"
+    for namespace in ("s2a", "s2a_reference"):
+        for name in _calls():
+            schema = getattr(getattr(torch.ops, namespace), name).default._schema
+            assert all(argument.name != "backend" for argument in schema.arguments)
+
+
+def test_the_dispatcher_finds_the_kernels_of_the_cpu_after_the_first_call():
+    for name, arguments in _calls().items():
+        getattr(torch.ops.s2a, name)(*arguments)
+    for name in ("encode_steps", "encode_norm", "attention_backward"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"s2a::{name}", "CPU")
+        assert not torch._C._dispatch_has_kernel_for_dispatch_key(f"s2a_reference::{name}", "CPU")
 
 
 def test_functions_run_on_fake_tensors():

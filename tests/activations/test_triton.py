@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import DTYPES, SEEDS, random
 
-from peft_s2a.activations.backends import reference, select
+from peft_s2a.activations.backends import reference
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -152,28 +152,27 @@ def run(script: str, **environment: str | None) -> None:
 
 class TestSelection:
     def test_by_device(self):
-        cpu, cuda = torch.device("cpu"), torch.device("cuda")
-        assert select("triton", torch.device(DEVICE), "encode_norm") is triton
-        assert select("auto", cpu, "encode_norm") is not triton
-        assert select("reference", torch.device(DEVICE), "encode_norm") is reference
-        assert select("auto", torch.device("meta"), "encode_norm") is reference
-        if DEVICE == "cuda":
-            assert select("auto", cuda, "encode_norm") is triton
+        from peft_s2a.activations.ops import op_set
 
-    def test_what_cannot_run_gives_one_warning_and_the_reference(self):
+        x = torch.randn(4, 32, device=DEVICE)
+        for ours, theirs in zip(*(op_set(name).encode_groups(x, 4, 8, None) for name in ("triton", "reference"))):
+            assert torch.equal(ours, theirs)
+        if DEVICE == "cuda":
+            assert op_set("triton") is op_set("auto")
+            assert torch._C._dispatch_has_kernel_for_dispatch_key("s2a::encode_groups", "CUDA")
+
+    def test_without_a_device_one_warning_and_the_reference(self):
         run(
             """
             import warnings, torch
-            from peft_s2a.activations.backends import reference, select
-            for backend, device, expected in (
-                ("triton", "cpu", "TRITON_INTERPRET=1"), ("triton", "mps", "auto"), ("compiled", "cuda", "auto"),
-            ):
+            from peft_s2a.activations.ops import op_set
+            if not torch.cuda.is_available():
                 with warnings.catch_warnings(record=True) as caught:
                     warnings.simplefilter("always")
-                    chosen = [select(backend, torch.device(device), op) for op in ("encode_norm", "encode_heads")]
-                assert all(module is reference for module in chosen)
+                    chosen = [op_set("triton") for _ in range(3)]
+                assert all(ops is op_set("reference") for ops in chosen)
                 messages = [str(w.message) for w in caught if "reference backend" in str(w.message)]
-                assert len(messages) == 1 and expected in messages[0] and device in messages[0], messages
+                assert len(messages) == 1 and "TRITON_INTERPRET=1" in messages[0], messages
             """,
             TRITON_INTERPRET=None,
         )
@@ -182,15 +181,15 @@ class TestSelection:
         run(
             """
             import sys, warnings, torch
-            from peft_s2a.activations.backends import reference, select
+            from peft_s2a.activations import backends
             sys.modules["triton"] = None  # makes the import fail
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                chosen = [select("auto", torch.device("cuda"), "encode_norm") for _ in range(3)]
-            assert all(module is reference for module in chosen)
+                assert [backends.fused("cuda") for _ in range(3)] == [None] * 3
             messages = [str(w.message) for w in caught if "reference backend" in str(w.message)]
             assert len(messages) == 1 and "pip install triton" in messages[0], messages
-            """
+            """,
+            TRITON_INTERPRET=None,
         )
 
 

@@ -5,53 +5,58 @@ against it: `compiled` on CPUs, `triton` on CUDA devices.
 """
 
 import functools
+import os
 import warnings
 from types import ModuleType
 
 import torch
 
-from . import compiled, reference
+from . import compiled
 
 
 BACKENDS = ("auto", "reference", "compiled", "triton")
 
 
-def select(backend: str, device: torch.device, op: str) -> ModuleType:
-    """The backend module that runs ``op`` on ``device`` when the user asked for ``backend``."""
-    fused = _fused(backend, device.type)
-    return fused if fused is not None and hasattr(fused, op) else reference
+def fused(device: str) -> ModuleType | None:
+    """The module of fused kernels for devices of a type; None, after one warning where the user expects another, for
+    none."""
+    if device == "cpu":
+        return compiled if compiled.library() is not None else None
+    return _triton() if device == "cuda" and not is_interpreted() else None
 
 
 @functools.cache
-def _fused(backend: str, device: str) -> ModuleType | None:
-    """The module of fused kernels to use on a device type; None, after one warning where the user expects another, for
-    none."""
-    if backend == "auto":
-        backend = {"cpu": "compiled", "cuda": "triton"}.get(device, "reference")
+def check(backend: str) -> bool:
+    """Whether the kernels that the user asked for by name ("compiled", "triton") run on this machine; a warning if
+    not."""
     if backend == "compiled":
-        if device == "cpu":
-            return compiled if compiled.library() is not None else None
+        return compiled.library() is not None
+    if not is_interpreted() and not torch.cuda.is_available():
         _warn(
-            f'backend="compiled" runs on the CPU, not on {device}', 'Pass backend="auto" to take what fits the device.'
+            "There is no CUDA device for the Triton kernels",
+            "For tests they run on the CPU in Triton's interpreter: set TRITON_INTERPRET=1 before Triton is imported. "
+            'Pass backend="auto" to take what fits the device.',
         )
-    if backend == "triton":
-        try:
-            from . import triton
-        except ImportError as error:
-            _warn(
-                f"Triton cannot be imported ({error})",
-                'Install it (pip install triton), or pass backend="reference" to silence this.',
-            )
-            return None
-        if triton.runs_on(device):
-            return triton
+        return False
+    return _triton() is not None
+
+
+def is_interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter: on the CPU, for tests, and not on CUDA devices."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _triton() -> ModuleType | None:
+    try:
+        from . import triton
+    except ImportError as error:
         _warn(
-            f"The Triton kernels do not run on {device} here",
-            "They run on CUDA devices and, for tests, on the CPU in Triton's interpreter: set TRITON_INTERPRET=1 "
-            "before "
-            'Triton is imported for the one, unset it for the other. Pass backend="auto" to take what fits the device.',
+            f"Triton cannot be imported ({error})",
+            'Install it (pip install triton), or pass backend="reference" to silence this.',
         )
-    return None
+        return None
+    return triton
 
 
 def _warn(problem: str, remedy: str) -> None:
