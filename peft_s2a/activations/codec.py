@@ -167,14 +167,17 @@ def _units(exponents: Tensor, groups: int) -> Tensor:
     return units.repeat_interleave(_UNIT_GROUPS, dim=1)[:, :groups]
 
 
+_SAMPLED_ROWS = 128
+
+
 def column_statistics(x: Tensor, eps: float, center: bool) -> Tensor:
     """Mean and deviation of the columns of the normalised rows of ``x`` (``[R, C]``), bfloat16 ``[2, C]``.
 
-    At most some 128 rows are looked at. The channels of a transformer's norms differ by orders of magnitude and keep
+    At most 128 rows are looked at, see `sampled_rows`. The channels of a transformer's norms differ by orders of magnitude and keep
     their own level over tokens; standardised columns share one scale a row. Deviations far below the typical one are
     raised, since rows left out may have larger values.
     """
-    sample = x[:: rows_apart(x.shape[0])].to(math_dtype(x.dtype))
+    sample = x[sampled_rows(x.shape[0], x.device)].to(math_dtype(x.dtype))
     if center:
         sample = sample - sample.mean(1, keepdim=True)
     sample = sample * (sample.square().mean(1, keepdim=True) + eps).rsqrt()
@@ -182,6 +185,16 @@ def column_statistics(x: Tensor, eps: float, center: bool) -> Tensor:
     return torch.stack([mean, (var + 0.05**2).sqrt()]).to(torch.bfloat16)
 
 
-def rows_apart(rows: int) -> int:
-    """How far apart the rows are that `column_statistics` looks at."""
-    return max(1, rows // 128)
+def sampled_rows(rows: int, device: torch.device) -> Tensor:
+    """The indices (int64, ascending) of the rows that `column_statistics` looks at: all of them up to 128, else one of
+    every 128th part.
+
+    Where in its part a row is taken goes by the fractional part of ``i * i`` times the golden ratio, in 16 bits. Such
+    a sequence is spread evenly (Weyl 1916) and, being quadratic, falls into step with no period of the rows: tokens
+    are as frequent among the sampled rows as among all, whatever their number and that of the samples.
+    """
+    if rows <= _SAMPLED_ROWS:
+        return torch.arange(rows, device=device)
+    part = torch.arange(_SAMPLED_ROWS, device=device)
+    within = part * part * 40503 & 0xFFFF
+    return ((part << 16) + within) * rows >> 23

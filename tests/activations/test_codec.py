@@ -93,3 +93,12 @@ class TestColumnStatistics:
 
     def test_never_divide_by_nothing(self):
         assert (codec.column_statistics(torch.ones(70, 8), 1e-6, True)[1] > 0).all()
+
+    @pytest.mark.parametrize("tokens", [49, 50, 64, 65, 197])
+    def test_look_at_all_rows_of_few_and_at_every_token_of_many(self, tokens):
+        for samples in range(1, 257):
+            rows = codec.sampled_rows(samples * tokens, torch.device("cpu"))
+            assert len(rows) == min(samples * tokens, 128) == len(rows.unique())
+            assert rows.min() >= 0 and rows.max() < samples * tokens and rows.diff().ge(1).all()
+            if samples * tokens >= 128:
+                assert (rows % tokens).bincount(minlength=tokens).max() <= 128 / tokens + 9, samples

@@ -144,6 +144,20 @@ def relative_error(ours: list[Tensor], theirs: list[Tensor]) -> float:
     return ((ours - theirs).norm() / theirs.norm()).item()
 
 
+def _norm_scale_cosine(samples: int, tokens: int, backend: str) -> float:
+    """How well the gradient of a LayerNorm's scale agrees with the stock one, where the first token of every sample has
+    an outlying channel and a level of its own."""
+    draw = torch.Generator().manual_seed(1000 * samples + tokens)
+    deviations, means = torch.randn(64, generator=draw).exp(), 2 * torch.randn(64, generator=draw)
+    x = torch.randn(samples, tokens, 64, generator=draw) * deviations + means
+    x[:, 0] += torch.randn(64, generator=draw) * deviations
+    x[:, 0, 3] += 60
+    weight, grad = torch.ones(64, requires_grad=True), torch.randn(samples, tokens, 64, generator=draw)
+    (theirs,) = torch.autograd.grad(F.layer_norm(x, (64,), weight), weight, grad)
+    ours = functional.layer_norm(x, (64,), weight, quantizer=Quantizer(backend=backend))
+    return F.cosine_similarity(torch.autograd.grad(ours, weight, grad)[0], theirs, 0).item()
+
+
 @pytest.fixture
 def lossless(monkeypatch):
     """Codes that are the values themselves, so that what is left is the operators' own derivative."""
@@ -209,6 +223,19 @@ class TestDerivatives:
             x = randn(500)
             ours = gradients(functional.activation(x, name, quantizer=Quantizer(bits=8), **params), [x])
             assert relative_error(ours, gradients(getattr(F, name)(x, **params), [x])) < 0.02
+
+    @pytest.mark.parametrize("backend", ["reference", "auto"])
+    @pytest.mark.parametrize(
+        ("samples", "tokens"), [(1, 197), (2, 49), (3, 50), (64, 50), (127, 197), (128, 49), (128, 50), (128, 197)]
+    )
+    def test_of_norm_scales_with_a_special_token(self, samples, tokens, backend):
+        assert _norm_scale_cosine(samples, tokens, backend) > 0.995
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("tokens", [49, 50, 197])
+    def test_of_norm_scales_with_a_special_token_for_every_batch_size(self, tokens):
+        for samples in range(1, 257):
+            assert _norm_scale_cosine(samples, tokens, "auto") > 0.995, samples
 
     def test_reach_only_who_needs_them(self):
         x, weight, bias = randn(3, 8), randn(8), randn(8)

@@ -202,11 +202,9 @@ def _column_statistics(x: Tensor, eps: float, center: bool) -> Tensor:
     kernel = _kernel("column_statistics", x.dtype)
     if kernel is None or not x.numel():
         return codec.column_statistics(x, eps, center)
-    x = x.contiguous()
-    rows, count = x.shape
-    columns = x.new_empty(2, count, dtype=torch.bfloat16)
-    every = codec.rows_apart(rows)
-    kernel(_pointer(x), *_long(rows, count, every), int(center), ctypes.c_float(eps), _pointer(columns))
+    x = x[codec.sampled_rows(x.shape[0], x.device)]
+    columns = x.new_empty(2, x.shape[1], dtype=torch.bfloat16)
+    kernel(_pointer(x), *_long(*x.shape), int(center), ctypes.c_float(eps), _pointer(columns))
     return columns
 
 

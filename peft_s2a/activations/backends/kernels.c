@@ -990,12 +990,11 @@ EXPORT void NAME(encode_heads)(const T *x, long samples, long heads, long tokens
     }
 }
 
-/* Mean and deviation of the columns of the normalised rows x[0], x[every], ...; see `codec.column_statistics`. */
-EXPORT void NAME(column_statistics)(const T *x, long rows, long count, long every, int center, float eps, uint16_t *out) {
+/* Mean and deviation of the columns of the normalised rows of x; see `codec.column_statistics`. */
+EXPORT void NAME(column_statistics)(const T *x, long rows, long count, int center, float eps, uint16_t *out) {
     double *sums = calloc(2 * count, sizeof(double)), *squares = sums + count;
     float *values = malloc(count * sizeof(float) + 1);
-    long used = 0;
-    for (long r = 0; r < rows; r += every, used++) {
+    for (long r = 0; r < rows; r++) {
         float mean = 0, square = 0;
         for (long i = 0; i < count; i++) values[i] = LOAD(x[r * count + i]);
         if (center)
@@ -1009,7 +1008,7 @@ EXPORT void NAME(column_statistics)(const T *x, long rows, long count, long ever
         }
     }
     for (long i = 0; i < count; i++) {
-        double mean = sums[i] / used, var = squares[i] / used - mean * mean;
+        double mean = sums[i] / rows, var = squares[i] / rows - mean * mean;
         out[i] = float_to_bf16((float)mean);
         out[count + i] = float_to_bf16((float)sqrt((var < 0 ? 0 : var) + 0.05 * 0.05));
     }
