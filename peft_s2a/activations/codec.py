@@ -186,10 +186,10 @@ def column_statistics(x: Tensor, eps: float, center: bool) -> Tensor:
 
 
 def sampled_rows(rows: int, device: torch.device) -> Tensor:
-    """The indices (int64, ascending) of the rows that `column_statistics` looks at: all of them up to 128, else one of
-    every 128th part.
+    """The indices (int64, ascending) of the rows that `column_statistics` looks at: all of them up to 128, else one in
+    every 128th of them.
 
-    Where in its part a row is taken goes by the fractional part of ``i * i`` times the golden ratio, in 16 bits. Such
+    Where in its 128th a row is taken goes by the fractional part of ``i * i`` times the golden ratio, in 16 bits. Such
     a sequence is spread evenly (Weyl 1916) and, being quadratic, falls into step with no period of the rows: tokens
     are as frequent among the sampled rows as among all, whatever their number and that of the samples.
     """
