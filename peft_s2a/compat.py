@@ -5,9 +5,53 @@ Checked against torch 2.13.0, peft 0.21.2 and transformers 5.23.0.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+from typing import Any
+
+from peft import PeftModel
 from torch.nn.modules import module as torch_module
+from transformers.integrations.peft import PeftAdapterMixin
+
+
+try:
+    from re import _parser as regular_expressions
+except ImportError:  # Python 3.10
+    import sre_parse as regular_expressions
+
+
+def parse_regular_expression(pattern: str) -> Any:
+    """The expression as nested (operator, argument) pairs: the form that Python's `re` compiles.
+
+    Raises:
+        re.error: if it is malformed.
+    """
+    re.compile(pattern)
+    return regular_expressions.parse(pattern)
 
 
 def has_global_module_hooks() -> bool:
     """Whether a hook on the calls of all modules has been registered, `torch.nn.modules.module.register_module_*`."""
     return torch_module._has_any_global_hook()
+
+
+DOWNLOAD_ARGUMENTS = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download", "proxies")
+"""What transformers' and PEFT's `load_adapter` hand on to the Hub's client."""
+_GUARDED = "_guarded_by_s2a"
+
+
+def replace_loading(
+    peft_from_pretrained: Callable, peft_load_adapter: Callable, transformers_load_adapter: Callable
+) -> None:
+    """Puts a function around each of the three ways to load an adapter: each argument takes the stock function and
+    returns the new one. There is no other place to look at a file before the model is changed."""
+    if getattr(PeftModel.load_adapter, _GUARDED, False):
+        return
+    from_pretrained = peft_from_pretrained(PeftModel.from_pretrained.__func__)
+    load_adapter = peft_load_adapter(PeftModel.load_adapter)
+    of_transformers = transformers_load_adapter(PeftAdapterMixin.load_adapter)
+    for function in (from_pretrained, load_adapter, of_transformers):
+        setattr(function, _GUARDED, True)
+    PeftModel.from_pretrained = classmethod(from_pretrained)
+    PeftModel.load_adapter = load_adapter
+    PeftAdapterMixin.load_adapter = of_transformers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -10,6 +11,7 @@ from peft import PeftConfig
 from peft.utils import PeftType
 
 from peft_s2a.activations.config import ActivationQuantizationConfig
+from peft_s2a.patterns import check_pattern
 from peft_s2a.registration import add_peft_types
 
 
@@ -23,14 +25,36 @@ SIDE_INITIALISATIONS = ("orthogonal", "svd")
 
 def _check_choice(config: PeftConfig, name: str, allowed: tuple[str, ...]) -> None:
     value = getattr(config, name)
-    if value not in allowed:
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {_short(value)}.")
 
 
-def _check_positive_int(config: PeftConfig, name: str) -> None:
+# A configuration may come from a stranger's file. These are far above what is of use, and below what does harm.
+LARGEST_SIZE = 8192
+LARGEST_ALPHA = 1e6
+LONGEST_NAME = 1000
+MOST_NAMES = 100_000
+
+
+def _check_size(config: PeftConfig, name: str) -> None:
     value = getattr(config, name)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+        raise ValueError(f"`{name}` must be a positive integer, got {_short(value)}.")
+    if value > LARGEST_SIZE:
+        raise ValueError(f"`{name}` must be at most {LARGEST_SIZE}, got {_short(value)}.")
+
+
+def _check_bool(config: PeftConfig, name: str) -> None:
+    if not isinstance(getattr(config, name), bool):
+        raise ValueError(f"`{name}` must be True or False, got {_short(getattr(config, name))}.")
+
+
+def _short(value: Any) -> str:
+    """`repr(value)`, cut where it is long."""
+    if isinstance(value, int) and value.bit_length() > 1000:  # Python refuses to print larger ones
+        return "a huge integer"
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _check_names(config: PeftConfig, name: str) -> None:
@@ -38,7 +62,15 @@ def _check_names(config: PeftConfig, name: str) -> None:
     if value is None or isinstance(value, str):
         return
     if not isinstance(value, (list, tuple, set)) or not all(isinstance(item, str) for item in value):
-        raise ValueError(f"`{name}` must be None, a string or a list of strings, got {value!r}.")
+        raise ValueError(f"`{name}` must be None, a string or a list of strings, got {_short(value)}.")
+    _check_lengths(name, value)
+
+
+def _check_lengths(what: str, names: Collection[str]) -> None:
+    if len(names) > MOST_NAMES:
+        raise ValueError(f"`{what}` must hold at most {MOST_NAMES} names, got {len(names)}.")
+    if any(len(name) > LONGEST_NAME for name in names):
+        raise ValueError(f"`{what}` must hold names of at most {LONGEST_NAME} characters.")
 
 
 @dataclass
@@ -94,9 +126,17 @@ class _S2ABaseConfig(PeftConfig):
             _check_names(self, name)
         if isinstance(self.modules_to_save, str):
             raise ValueError(
-                f"`modules_to_save` must be None or a list of names, got the string {self.modules_to_save!r}."
+                f"`modules_to_save` must be None or a list of names, got the string {_short(self.modules_to_save)}."
             )
         _check_names(self, "modules_to_save")
+        self._check_patterns()
+        for name in ("freeze_batch_norm_stats", "init_weights", "inference_mode"):
+            _check_bool(self, name)
+        layers = self.layers_to_transform
+        if not all(type(layer) is int for layer in (layers if isinstance(layers, (list, tuple)) else [layers or 0])):
+            raise ValueError(
+                f"`layers_to_transform` must be None, an integer or a list of them, got {_short(layers)}."
+            )
         if isinstance(self.target_modules, (list, tuple)):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, (list, tuple)):
@@ -112,9 +152,19 @@ class _S2ABaseConfig(PeftConfig):
         elif not isinstance(self.activation_quantization, (ActivationQuantizationConfig, type(None))):
             raise ValueError(
                 "`activation_quantization` must be an ActivationQuantizationConfig, a dict of its arguments or None, "
-                f"got {self.activation_quantization!r}."
+                f"got {_short(self.activation_quantization)}."
             )
         self._check_structure_targets()
+
+    def _check_patterns(self) -> None:
+        """Refuses regular expressions that could run for ever; PEFT takes these arguments for such."""
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                check_pattern(name, value)
+            elif name in ("layers_pattern", "modules_to_save"):
+                for item in value or ():
+                    check_pattern(name, item)
 
     def _check_structure_targets(self) -> None:
         if self.structure_targets is None:
@@ -128,8 +178,10 @@ class _S2ABaseConfig(PeftConfig):
         if not valid:
             raise ValueError(
                 "`structure_targets` must map 'bias', 'prompt', 'side', 'ladder' or 'statistics' to lists of module "
-                f"names, got {self.structure_targets!r}."
+                f"names, got {_short(self.structure_targets)}."
             )
+        for structure, names in self.structure_targets.items():
+            _check_lengths(f"structure_targets[{structure!r}]", names)
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain JSON types: no sets, no nested dataclasses, in a reproducible order."""
@@ -155,6 +207,7 @@ class S2ABiasConfig(_S2ABaseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_bool(self, "train_norm_scale")
         self.peft_type = PeftType.S2A_BIAS
 
 
@@ -177,7 +230,7 @@ class S2APromptConfig(_S2ABaseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_positive_int(self, "num_prompt_tokens")
+        _check_size(self, "num_prompt_tokens")
         self.peft_type = PeftType.S2A_PROMPT
 
 
@@ -212,9 +265,11 @@ class S2ASideConfig(_S2ABaseConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.side_rank is not None:
-            _check_positive_int(self, "side_rank")
-        if isinstance(self.side_alpha, bool) or not isinstance(self.side_alpha, (int, float)) or self.side_alpha <= 0:
-            raise ValueError(f"`side_alpha` must be a positive number, got {self.side_alpha!r}.")
+            _check_size(self, "side_rank")
+        alpha = self.side_alpha
+        is_number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
+        if not is_number or not 0 < alpha <= LARGEST_ALPHA:  # NaN compares as False
+            raise ValueError(f"`side_alpha` must be a positive number up to {LARGEST_ALPHA:g}, got {_short(alpha)}.")
         _check_choice(self, "side_mode", SIDE_MODES)
         _check_choice(self, "side_activation", SIDE_ACTIVATIONS)
         _check_choice(self, "side_init", SIDE_INITIALISATIONS)
@@ -273,10 +328,14 @@ class S2AConfig(S2ASideConfig, S2APromptConfig, S2ABiasConfig):
         super().__post_init__()
         self.peft_type = PeftType.S2A
         if isinstance(self.structures, str) or not isinstance(self.structures, (list, tuple, set)):
-            raise ValueError(f"`structures` must be a tuple of names out of {STRUCTURES}, got {self.structures!r}.")
-        unknown = [structure for structure in self.structures if structure not in STRUCTURES]
+            raise ValueError(
+                f"`structures` must be a tuple of names out of {STRUCTURES}, got {_short(self.structures)}."
+            )
+        unknown = [structure for structure in self.structures if structure not in list(STRUCTURES)]
         if unknown or not self.structures:
-            raise ValueError(f"`structures` must hold one or more of {STRUCTURES}, got {tuple(self.structures)!r}.")
+            raise ValueError(
+                f"`structures` must hold one or more of {STRUCTURES}, got {_short(tuple(self.structures))}."
+            )
         self.structures = tuple(structure for structure in STRUCTURES if structure in self.structures)
         if self.side_mode == "ladder" and self.structures != ("side",):
             raise ValueError(

@@ -12,6 +12,9 @@ from .functional import ROUNDINGS, Quantizer
 OPERATOR_KINDS = ("activation", "gated_activation", "norm", "softmax", "attention", "linear")
 
 
+_LARGEST_LEVEL = 1e4  # of slopes that activation functions have
+
+
 @dataclass
 class ActivationQuantizationConfig:
     """How a model's activations are quantised. Written to JSON and read back unchanged.
@@ -47,7 +50,7 @@ class ActivationQuantizationConfig:
     def __post_init__(self) -> None:
         widths = self.bits if isinstance(self.bits, Mapping) else {"bits": self.bits}
         for key, bits in widths.items():
-            if not isinstance(key, str) or isinstance(bits, bool) or bits not in WIDTHS:
+            if not isinstance(key, str) or type(bits) is not int or bits not in WIDTHS:
                 where = "bits" if widths is not self.bits else f"bits[{key!r}]"
                 raise ValueError(f"{where} must be one of {WIDTHS}, not {bits!r}")
             if ":" in key and key.rpartition(":")[2] not in OPERATOR_KINDS:
@@ -71,7 +74,11 @@ class ActivationQuantizationConfig:
             if not isinstance(self.levels, Mapping):
                 raise ValueError(f"levels must be a dict from module name to numbers, not {self.levels!r}")
             self.levels = {name: [float(level) for level in levels] for name, levels in self.levels.items()}
-            for name in self.levels:
+            for name, levels in self.levels.items():
+                if not all(abs(level) <= _LARGEST_LEVEL for level in levels):  # nor NaN
+                    raise ValueError(
+                        f"levels[{name!r}] must be derivatives of at most {_LARGEST_LEVEL:g}, not {levels}"
+                    )
                 self.quantizer("activation", name)  # checks their number against the module's bits
 
     def quantizer(self, kind: str, module_name: str = "", channels: int | None = None) -> Quantizer:

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from peft_s2a.activations.wrap import quantize_activations, restore_activations
 from peft_s2a.config import _S2ABaseConfig
+from peft_s2a.loading import check_values, some
 from peft_s2a.registration import PREFIX
 from peft_s2a.tuners.batch_norm import BatchNormLayer, FrozenStatistics
 from peft_s2a.tuners.bias import BATCH_NORMS, BiasLayer
@@ -21,6 +23,7 @@ from peft_s2a.tuners.ladder import LadderRung, LadderTop
 from peft_s2a.tuners.layer import AttachedLayer, S2ALayer
 from peft_s2a.tuners.prompt import InputPromptLayer, PromptLayer
 from peft_s2a.tuners.side import DEFAULT_RANK, SideLayer, input_width, output_width, projections
+from peft_s2a.tuners.structures import PARAMETER_NAMES
 from peft_s2a.tuners.targets import (
     find_attention,
     find_statistics,
@@ -299,15 +302,35 @@ class S2AModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: _S2ABaseConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        broken = [key for key, tensor in state_dict.items() if not torch.isfinite(tensor).all()]
-        if broken:
-            raise ValueError(
-                f"The weights for adapter {adapter_name!r} hold NaN or infinity in {len(broken)} of {len(state_dict)} "
-                f"tensors ({_some(broken)}): the file is damaged, or training diverged. None of them was loaded."
-            )
-        return super()._remap_adapter_state_dict_for_load(
+        check_values(state_dict)
+        remapped = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
+        own, known = cls._own_names(model, adapter_name), model.state_dict().keys()
+        # Parameters that this model lacks are left to PEFT, which reports them.
+        foreign = [
+            key
+            for key in remapped
+            if key not in own and (key in known or key.rpartition(".")[2] not in PARAMETER_NAMES)
+        ]
+        if foreign:
+            raise ValueError(
+                f"{len(foreign)} tensors are not those of an S2A adapter ({some(foreign)}). Loading them would change "
+                "the base model or another adapter. None of the tensors was loaded."
+            )
+        return remapped
+
+    @staticmethod
+    def _own_names(model: nn.Module, adapter_name: str) -> set[str]:
+        """The names in `model.state_dict()` of what belongs to an adapter."""
+        names = set()
+        for prefix, module in model.named_modules():
+            if isinstance(module, S2ALayer):
+                for name in (*module.adapter_layer_names, *module.other_param_names):
+                    names.add(f"{prefix}.{name}.{adapter_name}")
+            elif isinstance(module, AuxiliaryTrainingWrapper):
+                names.update(f"{prefix}.{name}" for name in module.adapter_state_dict_load_map(adapter_name).values())
+        return names
 
     def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
         # Torch would report a wrong shape after it has copied all the other tensors.
@@ -315,11 +338,11 @@ class S2AModel(BaseTuner):
         wrong = [
             f"{key} is {tuple(tensor.shape)} instead of {tuple(own[key].shape)}"
             for key, tensor in state_dict.items()
-            if key in own and PREFIX in key and tensor.shape != own[key].shape
+            if key in own and tensor.shape != own[key].shape
         ]
         if wrong:
             raise RuntimeError(
-                f"size mismatch for {len(wrong)} tensors of the adapter ({_some(wrong)}): its configuration is not "
+                f"size mismatch for {len(wrong)} tensors of the adapter ({some(wrong)}): its configuration is not "
                 "the one that it was trained with. None of them was loaded."
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -327,7 +350,3 @@ class S2AModel(BaseTuner):
 
 def _do_nothing(module: nn.Module, args: tuple) -> None:
     pass
-
-
-def _some(items: list[str]) -> str:
-    return ", ".join(items[:3]) + (", ..." if len(items) > 3 else "")

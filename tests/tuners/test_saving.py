@@ -203,12 +203,11 @@ class TestBrokenWeights:
             bad = changed_copy(folder, tmp_path)
             BROKEN_FILES[broken](bad / WEIGHTS)
         base = base_model()
-        plain = logits(base)
+        plain, before = logits(base), snapshot(base)
         with pytest.raises(error, match=message):
             PeftModel.from_pretrained(base, bad)
-        assert torch.equal(logits(base), plain)
-        with pytest.warns(UserWarning, match="Already found a `peft_config`"):
-            model = PeftModel.from_pretrained(base, folder)
+        assert_untouched(base, before)
+        model = PeftModel.from_pretrained(base, folder)
         assert torch.equal(logits(model), good)
         with model.disable_adapter():
             assert torch.equal(logits(model), plain)

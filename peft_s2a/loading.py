@@ -1,0 +1,182 @@
+"""Loading adapters that may come from strangers: what is no adapter's is refused, and a refusal leaves no trace.
+
+PEFT and transformers put an adapter into the model before they read its file, and copy every tensor whose name the
+model knows, also base weights. So their entry points are guarded here, where S2A is concerned.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.utils import load_peft_weights
+from torch import nn
+
+from peft_s2a import compat
+from peft_s2a.config import _S2ABaseConfig
+from peft_s2a.tuners.batch_norm import BatchNormLayer
+from peft_s2a.tuners.layer import S2ALayer
+from peft_s2a.tuners.structures import PARAMETER_NAMES
+from peft_s2a.tuners.targets import find_task_heads
+
+
+OF_THE_MODEL = {"base_layer", "original_module", "modules_to_save"}
+"""Parts of names that lead to base weights, or to those of other adapters; no file holds them."""
+COUNTS = {name for name in BatchNormLayer.other_param_names if name.endswith("num_batches_tracked")}
+DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+
+
+def check_tensors(tensors: Mapping[str, torch.Tensor], heads: Iterable[str]) -> None:
+    """Refuses tensors that an adapter's file cannot hold.
+
+    Args:
+        tensors: a file's content.
+        heads: the names, or their endings, of the modules that the adapter saves whole.
+
+    Raises:
+        ValueError: if a tensor is neither an S2A parameter nor part of such a module, or has NaN, infinity or a dtype
+            that weights do not have.
+    """
+    heads = tuple(heads)
+    foreign = [key for key in tensors if not _belongs(key, heads)]
+    if foreign:
+        raise ValueError(
+            f"The file holds {len(foreign)} tensors that are not an S2A adapter's ({some(foreign)}). Loading them "
+            "would change the base model. None of the tensors was loaded."
+        )
+    check_values(tensors)
+
+
+def check_values(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuses NaN, infinity, and dtypes that weights do not have. Raises a ValueError."""
+    odd = [
+        f"{key} is {tensor.dtype}"
+        for key, tensor in tensors.items()
+        if tensor.dtype not in DTYPES and not _is_count(key, tensor)
+    ]
+    if odd:
+        raise ValueError(
+            f"The file holds {len(odd)} tensors that are not floating-point numbers of 16, 32 or 64 bits "
+            f"({some(odd)}). None of the tensors was loaded."
+        )
+    broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise ValueError(
+            f"The weights hold NaN or infinity in {len(broken)} of {len(tensors)} tensors ({some(broken)}): the file "
+            "is damaged, or training diverged. None of them was loaded."
+        )
+
+
+def _belongs(key: str, heads: tuple[str, ...]) -> bool:
+    *host, last = key.removeprefix("base_model.model.").split(".")
+    if OF_THE_MODEL.intersection(host):
+        return False
+    return last in PARAMETER_NAMES or any(f".{head}." in f".{'.'.join(host)}." for head in heads)
+
+
+def _is_count(key: str, tensor: torch.Tensor) -> bool:
+    """Whether a tensor counts the batches that a normalisation has seen."""
+    return tensor.dtype == torch.int64 and any(
+        part in COUNTS or part == "num_batches_tracked" for part in key.split(".")
+    )
+
+
+def some(items: list[str]) -> str:
+    """The first few of `items`, for messages."""
+    shown = [item if len(item) <= 200 else f"{item[:200]}..." for item in items[:3]]
+    return ", ".join(shown) + (", ..." if len(items) > 3 else "")
+
+
+@contextmanager
+def unchanged_on_failure(model: nn.Module):
+    """Undoes what happened to the modules of `model` meanwhile if an exception ends it and S2A is in the model.
+
+    Restored are children, parameters, buffers, hooks, attributes and classes of all modules, and which parameters are
+    trained; not the values of tensors.
+    """
+    modules = [(module, type(module), _state(module)) for module in model.modules()]
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        if any(isinstance(module, S2ALayer) for module in model.modules()):
+            for module, cls, state in modules:
+                module.__class__ = cls
+                _set_state(module, state)
+            for parameter, requires_grad in trained:
+                parameter.requires_grad = requires_grad
+        raise
+
+
+def _state(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """attribute -> (its value, a copy of it if it is a collection)."""
+    return {
+        name: (value, value.copy() if isinstance(value, (dict, set, list)) else None)
+        for name, value in module.__dict__.items()
+    }
+
+
+def _set_state(module: nn.Module, state: dict[str, tuple[Any, Any]]) -> None:
+    module.__dict__.clear()
+    for name, (value, content) in state.items():
+        if isinstance(value, list):
+            value[:] = content
+        elif content is not None:  # handles of hooks refer to the collection itself
+            value.clear()
+            value.update(content)
+        module.__dict__[name] = value
+
+
+def _guard_peft_from_pretrained(load: Callable) -> Callable:
+    @functools.wraps(load)
+    def from_pretrained(cls: type, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        with unchanged_on_failure(model):
+            return load(cls, model, *args, **kwargs)
+
+    return from_pretrained
+
+
+def _guard_peft_load_adapter(load: Callable) -> Callable:
+    @functools.wraps(load)
+    def load_adapter(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with unchanged_on_failure(self):
+            return load(self, *args, **kwargs)
+
+    return load_adapter
+
+
+def _guard_transformers_load_adapter(load: Callable) -> Callable:
+    signature = inspect.signature(load)
+
+    @functools.wraps(load)
+    def load_adapter(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(self, *args, **kwargs).arguments
+        download = {**given.get("kwargs", {}), **(given.get("adapter_kwargs") or {})}
+        download = {name: download[name] for name in compat.DOWNLOAD_ARGUMENTS if download.get(name) is not None}
+        if given.get("local_files_only"):
+            download["local_files_only"] = True
+        name, config = given.get("peft_model_id"), given.get("peft_config")
+        if config is None and name is not None:
+            config = PeftConfig.from_pretrained(name, **download)
+        if not isinstance(config, _S2ABaseConfig):
+            return load(self, *args, **kwargs)
+        tensors = given.get("adapter_state_dict")
+        if tensors is None and name is not None:
+            tensors = load_peft_weights(name, device="cpu", **download)
+            kwargs["use_safetensors"] = True  # the file that has just been looked at
+        heads = find_task_heads(self) if config.modules_to_save is None else config.modules_to_save
+        check_tensors(tensors or {}, heads)
+        with unchanged_on_failure(self):
+            return load(self, *args, **kwargs)
+
+    return load_adapter
+
+
+def guard_loading() -> None:
+    """Guards the ways in which PEFT and transformers load adapters. Harmless if done already."""
+    compat.replace_loading(_guard_peft_from_pretrained, _guard_peft_load_adapter, _guard_transformers_load_adapter)
