@@ -3,6 +3,7 @@
 from peft_s2a.activations.calibrate import calibrate_activations
 from peft_s2a.activations.config import ActivationQuantizationConfig
 from peft_s2a.activations.wrap import quantize_activations, restore_activations
+from peft_s2a.card import write_cards
 from peft_s2a.config import S2ABiasConfig, S2AConfig, S2APromptConfig, S2ASideConfig
 from peft_s2a.loading import guard_loading
 from peft_s2a.memory.estimate import estimate_memory
@@ -31,3 +32,4 @@ register(
     {"S2A": S2AConfig, "S2A_BIAS": S2ABiasConfig, "S2A_PROMPT": S2APromptConfig, "S2A_SIDE": S2ASideConfig}, S2AModel
 )
 guard_loading()
+write_cards()

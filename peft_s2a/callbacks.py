@@ -91,6 +91,8 @@ class MemoryCallback(TrainerCallback):
         with meter, trace:
             loss = type(self.trainer).training_step(self.trainer, model, inputs, *args, **kwargs)
         self.report = trace.report("profile", device.type)
+        # For the model card.
+        self.trainer.accelerator.unwrap_model(model).memory_report = replace(self.report, timeline=())
         return loss
 
     def _log(self, args: TrainingArguments) -> None:

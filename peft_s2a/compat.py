@@ -12,6 +12,7 @@ from typing import Any
 from peft import PeftModel
 from torch.nn.modules import module as torch_module
 from transformers.integrations.peft import PeftAdapterMixin
+from transformers.utils import PushToHubMixin
 
 
 try:
@@ -55,3 +56,14 @@ def replace_loading(
     PeftModel.from_pretrained = classmethod(from_pretrained)
     PeftModel.load_adapter = load_adapter
     PeftAdapterMixin.load_adapter = of_transformers
+
+
+def replace_cards(create_card: Callable, upload: Callable) -> None:
+    """Puts a function around what writes the card of a `PeftModel`, and around what uploads a folder for
+    `push_to_hub`: each argument takes the stock function and returns the new one."""
+    if getattr(PeftModel.create_or_update_model_card, _GUARDED, False):
+        return
+    created = create_card(PeftModel.create_or_update_model_card)
+    setattr(created, _GUARDED, True)
+    PeftModel.create_or_update_model_card = created
+    PushToHubMixin._upload_modified_files = upload(PushToHubMixin._upload_modified_files)

@@ -21,6 +21,7 @@ STRUCTURES = ("bias", "prompt", "side")
 SIDE_MODES = ("residual", "ladder")
 SIDE_ACTIVATIONS = ("gelu", "linear")
 SIDE_INITIALISATIONS = ("orthogonal", "svd")
+HOW_TO_LOAD = "pip install peft-s2a, then `import peft_s2a` before PEFT or transformers load the adapter"
 
 
 def _check_choice(config: PeftConfig, name: str, allowed: tuple[str, ...]) -> None:
@@ -120,8 +121,14 @@ class _S2ABaseConfig(PeftConfig):
         },
     )
 
+    how_to_load: str | None = field(
+        default=None,
+        metadata={"help": "For readers of the file who lack this package; always the same, whatever is passed."},
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.how_to_load = HOW_TO_LOAD
         for name in ("target_modules", "exclude_modules", "layers_pattern"):
             _check_names(self, name)
         if isinstance(self.modules_to_save, str):
