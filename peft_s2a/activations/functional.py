@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .activation_functions import activation_function
 from .backends import BACKENDS
 from .codec import WIDTHS, math_dtype, pack, unpack
 from .levels import CodeTable, code_table
+from .masks import Recipe
 from .ops import op_set, op_set_name
 
 
@@ -293,7 +293,7 @@ def _encode_query(query: Tensor, quantizer: Quantizer) -> list[Tensor]:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, mask, mask_terms, dropout_p, is_causal, scale, quantizer):
+    def forward(ctx, query, key, value, mask, recipe, dropout_p, is_causal, scale, quantizer):
         # the random stream is kept, not the mask: backward draws the same mask again
         random_state = _random_state(query.device) if dropout_p else None
         out = F.scaled_dot_product_attention(query, key, value, mask, dropout_p, is_causal, scale=scale)
@@ -314,8 +314,8 @@ class _Attention(torch.autograd.Function):
                 for x in (key, value)
             ),
         ]
-        kept, ctx.mask_shapes = zip(*map(_kept_mask, mask_terms or (mask, None)))
-        ctx.save_for_backward(*codes[0], *codes[1], *codes[2], *kept[0], *kept[1], random_state)
+        ctx.recipe, sources = recipe, [mask] if recipe is None else recipe.take_sources()
+        ctx.save_for_backward(*codes[0], *codes[1], *codes[2], random_state, *sources)
         ctx.dropout_p, ctx.is_causal, ctx.scale, ctx.dim = dropout_p, is_causal, scale, query.shape[-1]
         ctx.quantizer = quantizer
         ctx.shapes = [x.shape for x in (query, key, value)]
@@ -325,28 +325,28 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         _refuse_double_backward()
-        *codes, first, first_values, second, second_values, random_state = ctx.saved_tensors
-        mask, other_term = (
-            _restored_mask(*term) for term in zip((first, second), (first_values, second_values), ctx.mask_shapes)
-        )
-        if other_term is not None:
-            mask = mask + other_term
+        saved = ctx.saved_tensors
+        codes, random_state, sources = saved[:9], saved[9], saved[10:]
+        mask = sources[0] if ctx.recipe is None else ctx.recipe.make(sources)
         if random_state is not None:
             return (*_replay(ctx, grad, codes, mask, random_state), None, None, None, None, None)
         mask_wanted = ctx.needs_input_grad[3]
         scale = 1 / math.sqrt(ctx.dim) if ctx.scale is None else ctx.scale
+        additive = mask is not None and mask.dtype != torch.bool
+        # of these the stock operator computes the composite form, with a softmax that rounds otherwise than the fused
+        composite = len(ctx.shapes[0]) < 4 or ctx.dim != ctx.shapes[2][-1]
         *grads, d_mask = ctx.quantizer.ops.attention_backward(
             _with_heads(grad),
             codes[0:3],
             codes[3:6],
             codes[6:9],
-            None if mask is None else _with_heads(mask),
+            _with_heads(mask.to(math_dtype(mask.dtype))) if additive else None if mask is None else _with_heads(mask),
             ctx.is_causal,
             scale,
             ctx.quantizer.bits,
             ctx.quantizer.group_size,
             ctx.dim,
-            mask_wanted,
+            mask_wanted or (additive and composite),
         )
         grads = [
             d.reshape(shape).to(dtype) if wanted else None
@@ -354,26 +354,6 @@ class _Attention(torch.autograd.Function):
         ]
         d_mask = d_mask.view(mask.shape).to(mask.dtype) if mask_wanted else None
         return (*grads, d_mask, None, None, None, None, None)
-
-
-def _kept_mask(mask: Tensor | None) -> tuple[tuple[Tensor | None, Tensor | None], torch.Size | None]:
-    """(what is kept of an attention mask, its two values) and its shape: one bit a value for an additive mask of
-    samples or windows, equal for all heads, that has two values; the mask itself otherwise."""
-    if mask is None or mask.requires_grad or mask.dim() != 4 or not mask.shape[0] > mask.shape[1] == 1:
-        return (mask, None), None
-    if mask.dtype == torch.bool or torch.compiler.is_compiling():
-        return (mask, None), None
-    values = torch.stack(mask.aminmax())
-    upper = mask == values[1]
-    if not is_fake(mask) and not (upper | (mask == values[0])).all():
-        return (mask, None), None
-    return (pack(upper.view(1, -1).to(torch.uint8), 1), values), mask.shape
-
-
-def _restored_mask(kept: Tensor | None, values: Tensor | None, shape: torch.Size | None) -> Tensor | None:
-    if values is None:
-        return kept if kept is None or kept.dtype == torch.bool else kept.to(math_dtype(kept.dtype))
-    return values[unpack(kept, 1, shape.numel()).to(torch.int32)].view(shape)
 
 
 def _random_state(device: torch.device) -> Tensor:
@@ -418,16 +398,13 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     *,
     quantizer: Quantizer,
-    mask_terms: tuple[Tensor, Tensor | None] | None = None,
 ) -> Tensor:
     """`torch.nn.functional.scaled_dot_product_attention`; keeps b-bit queries, keys and values and recomputes the rest
-    in backward, a few samples, heads or query rows at a time. Nothing of size L x S is kept; the mask is kept as a
-    reference.
+    in backward, a few samples, heads or query rows at a time. Nothing of size L x S is kept, but the mask: as a
+    reference, or as what it was made of if that is smaller (`masks`).
 
     Args: as the stock function, without grouped-query head counts. An additive ``attn_mask`` that needs a gradient
-    gets one. ``mask_terms`` are one or two tensors whose sum is ``attn_mask`` up to rounding (which then needs no
-    gradient), kept in its place: a position bias for every head and a mask for every window take far less room than
-    their sum. Dropout is replayed in backward from the kept state of the random generator, in one piece. With five or
+    gets one. Dropout is replayed in backward from the kept state of the random generator, in one piece. With five or
     more dimensions, or batch dimensions that broadcast against each other, this is the stock call in full precision.
 
     The token mean subtracted from queries, keys and values before coding is exact for any constant (see the derivation
@@ -438,7 +415,8 @@ def scaled_dot_product_attention(
     batched = query.dim() <= 4 and len({x.shape[:-2] for x in tensors}) == 1
     if not _recording(*tensors, attn_mask) or not batched:
         return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
-    return _Attention.apply(query, key, value, attn_mask, mask_terms, dropout_p, is_causal, scale, quantizer)
+    recipe = None if torch.compiler.is_compiling() else Recipe(attn_mask)
+    return _Attention.apply(query, key, value, attn_mask, recipe, dropout_p, is_causal, scale, quantizer)
 
 
 class _Softmax(torch.autograd.Function):

@@ -5,7 +5,6 @@ of other libraries and attention written inline alike, without a patch per model
 """
 
 import functools
-import weakref
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any
@@ -13,10 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode, _push_mode
 
-from . import functional, products, shapes, structures
+from . import functional, masks, products, shapes, structures
 from .config import ActivationQuantizationConfig
 from .functional import Quantizer
 from .tiling import SampleDraws
@@ -35,7 +33,6 @@ class OperatorMode(TorchFunctionMode):
         self.config = config
         self.module_name = module_name
         self._quantizers: dict[tuple[str, int | None], Quantizer] = {}
-        self._masks: list[weakref.ref[Tensor]] = []
         self.overwrites = False  # activation functions may use the memory of their input
         self._draws: SampleDraws | None = None  # of the tile that is being run
 
@@ -68,38 +65,19 @@ class OperatorMode(TorchFunctionMode):
             settings = self._quantizers[kind, channels] = self.config.quantizer(kind, self.module_name, channels)
         return settings
 
-    def kept(self, mask: Tensor) -> Tensor:
-        """What is kept of an attention mask: position biases of float32 in half precision, whose error drowns in that of the
-        codes; and of masks that are computed anew for every tile, one."""
-        if mask.dtype == torch.float32 and mask.dim() == 4 and mask.shape[1] > 1:
-            mask = mask.clamp(*_HALF_RANGE).half()
-        alive = [(reference, other) for reference in self._masks if (other := reference()) is not None]
-        self._masks = [reference for reference, _ in alive]
-        for _, other in alive:
-            if other.device == mask.device and other.dtype == mask.dtype and _same_values(other, mask):
-                return other
-        self._masks.append(weakref.ref(mask))
-        return mask
-
     def __torch_function__(self, func, types, args=(), kwargs=None):
         handler = _HANDLERS.get(func)
         if handler is not None and torch.is_grad_enabled():
             result = handler(self, *args, **(kwargs or {}))
             if result is not NotImplemented:
                 return result
+        if func in masks.FUNCTIONS and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return masks.call(func, args, kwargs or {})
         if self._draws is not None and SampleDraws.concerns(func):
             return self._draws.__torch_function__(func, types, args, kwargs)
         return func(*args, **(kwargs or {}))
 
 
-def _same_values(a: Tensor, b: Tensor) -> bool:
-    if is_fake(a) or is_fake(b):  # no values: masks of one shape in one module are taken to be equal
-        return is_fake(a) and is_fake(b) and a.shape == b.shape
-    return torch.equal(a, b)
-
-
-_TERMS = "_s2a_terms"
-_HALF_RANGE = torch.finfo(torch.float16).min, torch.finfo(torch.float16).max
 _HANDLERS: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 
@@ -197,11 +175,6 @@ def _attention(mode, query, key, value, attn_mask=None, dropout_p=0.0, is_causal
     if enable_gqa and key.shape[-3] != query.shape[-3]:
         repeats = query.shape[-3] // key.shape[-3]
         key, value = (t.repeat_interleave(repeats, dim=-3) for t in (key, value))
-    terms = None
-    if attn_mask is not None and not attn_mask.requires_grad and not torch.compiler.is_compiling():
-        terms = tuple(
-            None if term is None else mode.kept(term) for term in getattr(attn_mask, _TERMS, (attn_mask, None))
-        )
     return functional.scaled_dot_product_attention(
         query,
         key,
@@ -211,19 +184,7 @@ def _attention(mode, query, key, value, attn_mask=None, dropout_p=0.0, is_causal
         is_causal,
         scale,
         quantizer=mode.quantizer("attention", query.shape[-1]),
-        mask_terms=terms,
     )
-
-
-@_handles(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
-def _add(mode, input, other, **options):
-    """Remembers the terms of a sum that is much larger than they are, in case it is an attention mask."""
-    if options or not all(isinstance(t, Tensor) and t.dim() == 4 and not t.requires_grad for t in (input, other)):
-        return NotImplemented
-    result = torch.add(input, other)
-    if 2 * (input.numel() + other.numel()) < result.numel() and not torch.compiler.is_compiling():
-        setattr(result, _TERMS, (input, other))
-    return result
 
 
 @_handles(F.max_pool2d)

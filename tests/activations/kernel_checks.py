@@ -223,7 +223,8 @@ def check_attention(
     )
     for our, their, truth in zip(ours, theirs, exact):
         assert our.stride() == their.stride()
-        assert_as_close_to(truth, our, their)
+        # kernels may round what they multiply to the dtype, as stock ones do; the reference does not
+        assert_as_close_to(truth, our, their, max(1e-6, 4 * ULP[dtype]))
 
 
 def check_prompts(backend: ModuleType, device, dtype, bits, group, sizes, seed=0) -> None:

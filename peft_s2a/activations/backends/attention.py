@@ -32,24 +32,24 @@ def attention_backward(
 
     Args:
         grad: ``[B, H, L, Ev]``, the output's gradient.
-        decode: ``decode(which, samples, heads)`` gives a fresh slice of the query (0), key (1) or value (2), dtype of
-        grad.
+        decode: ``decode(which, samples, heads)`` gives a fresh slice of the query (0), key (1) or value (2), float32 or
+            float64.
         shapes: of query ``[B, H, L, E]``, key ``[B, H, S, E]`` and value ``[B, H, S, Ev]``.
         mask: boolean (True: take part) or additive; four dimensions, broadcastable to ``[B, H, L, S]``.
         is_causal: query i sees keys 0..i.
     """
     (samples, heads, length, _), (_, _, keys, _), _ = shapes
+    wide = math_dtype(grad.dtype)
     # [B, N, H, E] in memory, so that merging the heads again costs no copy
     d_query, d_key, d_value = (
-        grad.new_zeros(shape[0], shape[2], shape[1], shape[3]).transpose(1, 2) for shape in shapes
+        grad.new_zeros(shape[0], shape[2], shape[1], shape[3], dtype=wide).transpose(1, 2) for shape in shapes
     )
-    wide = math_dtype(grad.dtype)
     d_mask = torch.zeros(mask.shape if mask_wanted else 0, dtype=wide, device=grad.device)
     for b, h, row_tiles in _tiles(samples, heads, length, keys, grad):
         q, k, v = decode(0, b, h).mul_(scale), decode(1, b, h), decode(2, b, h)
         for rows in row_tiles:
-            q_rows, d_out = q[:, :, rows], grad[b, h, rows]
-            scores = (q_rows @ k.transpose(-1, -2)).to(wide)
+            q_rows, d_out = q[:, :, rows], grad[b, h, rows].to(wide)
+            scores = q_rows @ k.transpose(-1, -2)
             if is_causal:
                 _hide_later_keys(scores, rows.start)
             if mask is not None:
@@ -59,16 +59,31 @@ def attention_backward(
                 else:
                     scores += tile_mask
             p = torch._safe_softmax(scores, -1)
-            d_p = (d_out @ v.transpose(-1, -2)).to(wide)
-            d_s = torch._softmax_backward_data(d_p, p, -1, wide)
+            d_s = torch._softmax_backward_data(d_out @ v.transpose(-1, -2), p, -1, wide)
+            if not mask_wanted and keys:
+                factor = _rounding_of_fused_kernels(scores)
+                p, d_s = p.mul_(factor), d_s.mul_(factor)
             if mask_wanted:
                 reduced = [d for d in range(4) if mask.shape[d] == 1]
                 _narrow(d_mask, b, h, rows).add_(d_s.sum(reduced, keepdim=True) if reduced else d_s)
-            p, d_s = p.to(grad.dtype), d_s.to(grad.dtype)
             d_query[b, h, rows] = (d_s @ k).mul_(scale)
             d_key[b, h] += d_s.transpose(-1, -2) @ q_rows
             d_value[b, h] += p.transpose(-1, -2) @ d_out
-    return d_query, d_key, d_value, d_mask
+    return d_query.to(grad.dtype), d_key.to(grad.dtype), d_value.to(grad.dtype), d_mask
+
+
+def _rounding_of_fused_kernels(scores: Tensor) -> Tensor:
+    """By how much the probabilities that PyTorch's fused kernels recompute in backward differ from softmax, per row.
+
+    They keep the logarithm of the sum of exponentials as one number, in which the sum is lost where scores are huge:
+    in rows that a mask of -1e9 or of the dtype's minimum hides altogether every probability is 1. What
+    `torch.nn.functional.scaled_dot_product_attention` does is the reference here too; its composite form, which it
+    takes if the mask needs a gradient, does not round so.
+    """
+    top = scores.amax(-1, keepdim=True)
+    top = top.masked_fill(top == -torch.inf, 0)
+    exponent = (scores - top).exp_().sum(-1, keepdim=True).clamp_min_(1).log_()
+    return ((exponent + top).sub_(top).sub_(exponent)).neg_().exp_()
 
 
 def _tiles(

@@ -468,25 +468,30 @@ static inline float largest16(vector16 x) {
 }
 
 /* The softmax of a row of `count` scores, in place; a row of nothing but minus infinity becomes zeros. Up to the next multiple of
- * 16 it is filled with zeros. */
-static void softmax_row(float *x, long count) {
+ * 16 it is filled with zeros. Returns by how much the probabilities that PyTorch's fused kernels recompute differ, see
+ * `_rounding_of_fused_kernels` in `attention.py`. */
+static float softmax_row(float *x, long count) {
     long padded = PAD16(count);
-    if (!count) return;
+    if (!count) return 1;
     for (long i = count; i < padded; i++) x[i] = -INFINITY;
     vector16 tops = *(loose16 *)x;
     for (long i = 16; i < padded; i += 16) tops = larger16(*(loose16 *)(x + i), tops);
     float top = largest16(tops);
     if (top == -INFINITY) {
         memset(x, 0, padded * sizeof(float));
-        return;
+        return 1;
     }
     vector16 sums = {0};
     for (long i = 0; i < padded; i += 16) {
         vector16 e = exp16(*(loose16 *)(x + i) - top);
         *(loose16 *)(x + i) = e, sums += e;
     }
-    float scale = 1 / sum16(sums);
+    float sum = sum16(sums), scale = 1 / sum;
     for (long i = 0; i < padded; i += 16) *(loose16 *)(x + i) *= scale;
+    if (fabsf(top) < 1024) return 1;
+    float exponent = logf(sum);
+    volatile float log_sum = top + exponent, shift = log_sum - top; /* rounded, which the compiler must not undo */
+    return expf(exponent - shift);
 }
 
 /* d = p * (d - sum(p * d)), the gradient of the scores behind the probabilities p */
@@ -1067,8 +1072,10 @@ EXPORT void NAME(attention_backward)(const T *grad, const long *grad_strides, co
                     }
                     if (causal)
                         for (long j = start + i + 1; j < keys; j++) row[j] = -INFINITY;
-                    softmax_row(row, keys);
+                    float factor = softmax_row(row, keys);
                     softmax_row_backward(row, ds + i * s, s);
+                    if (factor != 1)
+                        for (long j = 0; j < s; j++) row[j] *= factor, ds[i * s + j] *= factor;
                 }
                 product(rows, e, keys, ds, s, 1, k, e, dq, e, 0);
                 for (long i = 0; i < rows; i++)

@@ -257,7 +257,7 @@ def attention_backward(
             packed.flatten(0, 2), scales.flatten(0, 2), bits, group_size, dims[which], codec.math_dtype(grad.dtype)
         )
         x = flat.view(*packed.shape[:3], dims[which])
-        return (x + mean[samples, heads] if mean.numel() else x).to(grad.dtype)
+        return x + mean[samples, heads] if mean.numel() else x
 
     shapes = tuple((*parts[0].shape[:3], d) for parts, d in zip(coded, dims))
     return attention.attention_backward(grad, decode, shapes, mask, is_causal, scale, mask_wanted)
