@@ -42,10 +42,14 @@ _GUARDED = "_guarded_by_s2a"
 
 
 def replace_loading(
-    peft_from_pretrained: Callable, peft_load_adapter: Callable, transformers_load_adapter: Callable
+    peft_from_pretrained: Callable,
+    peft_load_adapter: Callable,
+    transformers_load_adapter: Callable,
+    transformers_delete_adapter: Callable,
 ) -> None:
-    """Puts a function around each of the three ways to load an adapter: each argument takes the stock function and
-    returns the new one. There is no other place to look at a file before the model is changed."""
+    """Puts a function around each of the three ways to load an adapter, and around the one to delete an adapter that
+    asks no tuner: each argument takes the stock function and returns the new one. There is no other place to look at a
+    file before the model is changed."""
     if getattr(PeftModel.load_adapter, _GUARDED, False):
         return
     from_pretrained = peft_from_pretrained(PeftModel.from_pretrained.__func__)
@@ -56,6 +60,7 @@ def replace_loading(
     PeftModel.from_pretrained = classmethod(from_pretrained)
     PeftModel.load_adapter = load_adapter
     PeftAdapterMixin.load_adapter = of_transformers
+    PeftAdapterMixin.delete_adapter = transformers_delete_adapter(PeftAdapterMixin.delete_adapter)
 
 
 def replace_cards(create_card: Callable, upload: Callable) -> None:

@@ -18,6 +18,7 @@ from peft.utils import load_peft_weights
 from torch import nn
 
 from peft_s2a import compat
+from peft_s2a.activations.wrap import restore_activations
 from peft_s2a.config import _S2ABaseConfig
 from peft_s2a.tuners.batch_norm import BatchNormLayer
 from peft_s2a.tuners.layer import S2ALayer
@@ -136,7 +137,15 @@ def _guard_peft_from_pretrained(load: Callable) -> Callable:
     @functools.wraps(load)
     def from_pretrained(cls: type, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         with unchanged_on_failure(model):
-            return load(cls, model, *args, **kwargs)
+            loaded = load(cls, model, *args, **kwargs)
+        given = kwargs.get("config")
+        if isinstance(given, _S2ABaseConfig):
+            # As in PEFT, the configuration that was passed is the adapter's, with what has been decided for it.
+            for name, config in loaded.peft_config.items():
+                if name == (args[1] if len(args) > 1 else kwargs.get("adapter_name", "default")):
+                    given.__dict__.update(config.__dict__)
+                    loaded.peft_config[name] = given
+        return loaded
 
     return from_pretrained
 
@@ -177,6 +186,29 @@ def _guard_transformers_load_adapter(load: Callable) -> Callable:
     return load_adapter
 
 
+def _restoring_activations(delete: Callable) -> Callable:
+    @functools.wraps(delete)
+    def delete_adapter(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        did_quantize = _quantizes(self)
+        delete(self, *args, **kwargs)
+        if did_quantize and not _quantizes(self):
+            restore_activations(self)
+
+    return delete_adapter
+
+
+def _quantizes(model: nn.Module) -> bool:
+    """Whether an adapter of `model` wants activations to be quantised."""
+    configs = getattr(model, "peft_config", {}).values()
+    return any(getattr(config, "activation_quantization", None) is not None for config in configs)
+
+
 def guard_loading() -> None:
-    """Guards the ways in which PEFT and transformers load adapters. Harmless if done already."""
-    compat.replace_loading(_guard_peft_from_pretrained, _guard_peft_load_adapter, _guard_transformers_load_adapter)
+    """Guards the ways in which PEFT and transformers load adapters, and transformers deletes them. Harmless if done
+    already."""
+    compat.replace_loading(
+        _guard_peft_from_pretrained,
+        _guard_peft_load_adapter,
+        _guard_transformers_load_adapter,
+        _restoring_activations,
+    )

@@ -64,6 +64,18 @@ class BiasLayer(S2ALayer):
                 raise
             return getattr(self.base_layer, name)
 
+    @property
+    def in_features(self) -> int:
+        """Width of the input, of convolutions too, as PEFT's layers have it. Normalisations have none."""
+        base_layer = self.get_base_layer()
+        return base_layer.in_channels if isinstance(base_layer, CONVOLUTIONS) else base_layer.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Width of the output, of convolutions too, as PEFT's layers have it. Normalisations have none."""
+        base_layer = self.get_base_layer()
+        return base_layer.out_channels if isinstance(base_layer, CONVOLUTIONS) else base_layer.out_features
+
     def update_layer(self, adapter_name: str, *, train_scale: bool, init_weights: bool) -> None:
         """Adds an adapter.
 

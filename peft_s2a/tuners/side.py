@@ -137,6 +137,16 @@ class SideLayer(AttachedLayer):
         entry = self._host[0] if self._split is None else self._split[1]
         return projections(entry)[0], projections(self._host[0])[-1]
 
+    @property
+    def in_features(self) -> int:
+        """Width of what the branch reads."""
+        return input_width(self._ends[0])
+
+    @property
+    def out_features(self) -> int:
+        """Width of what the branch is added to."""
+        return output_width(self._ends[1])
+
     def update_layer(
         self, adapter_name: str, *, rank: int | None, alpha: float, activation: str, init: str, init_weights: bool
     ) -> None:

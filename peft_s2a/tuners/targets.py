@@ -17,7 +17,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import MODEL_FOR_BACKBONE_MAPPING, MODEL_MAPPING, PreTrainedModel
 
-from peft_s2a.config import S2AConfig, _S2ABaseConfig
+from peft_s2a.config import STRUCTURES, S2AConfig, _S2ABaseConfig
 from peft_s2a.registration import PREFIX
 from peft_s2a.tuners import bias, side
 from peft_s2a.tuners.bias import BATCH_NORMS, CONVOLUTIONS, BiasLayer, is_normalisation
@@ -279,8 +279,11 @@ def resolve_targets(model: nn.Module, config: _S2ABaseConfig) -> dict[str, list[
     else:
         find = _default_targets if config.target_modules is None else _named_targets
         targets = find(model, config, structures)
+        # Of structures that nobody asked for, those without a place do not stand in the way of named targets.
+        if config.target_modules is not None and structures == STRUCTURES and any(targets.values()):
+            targets = {structure: names for structure, names in targets.items() if names}
         for structure in structures:
-            if not targets[structure]:
+            if structure in targets and not targets[structure]:
                 _raise_no_place(model, config, structure)
         if statistics := find_statistics(model, config):
             targets["statistics"] = statistics
