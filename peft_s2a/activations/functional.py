@@ -95,6 +95,12 @@ def _refuse_double_backward() -> None:
         )
 
 
+def _not_a_view(result: Tensor) -> Tensor:
+    """``result`` of a stock operator inside an autograd function as a tensor of its own, which whoever gets it may change
+    in place: autograd refuses that for views made inside (of linear layers' results, for example)."""
+    return torch.ops.aten._unsafe_view(result, result.shape) if result._is_view() else result
+
+
 def _memory_order(x: Tensor) -> list[int] | None:
     """The permutation of dimensions that makes a dense tensor contiguous; None where it is already."""
     if x.is_contiguous():
@@ -714,7 +720,7 @@ def drop_path(x: Tensor, p: float = 0.0, training: bool = True) -> Tensor:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, quantizer):
-        y = F.linear(x, weight, bias)
+        y = _not_a_view(F.linear(x, weight, bias))
         codes = (None, None)
         if ctx.needs_input_grad[1]:
             codes = _encode_rows(x.reshape(-1, x.shape[-1]), quantizer)

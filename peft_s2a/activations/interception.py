@@ -67,7 +67,7 @@ class OperatorMode(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         handler = _HANDLERS.get(func)
-        if handler is not None and torch.is_grad_enabled():
+        if handler is not None and torch.is_grad_enabled() and not _left_to_stock(args, kwargs):
             result = handler(self, *args, **(kwargs or {}))
             if result is not NotImplemented:
                 return result
@@ -76,6 +76,15 @@ class OperatorMode(TorchFunctionMode):
         if self._draws is not None and SampleDraws.concerns(func):
             return self._draws.__torch_function__(func, types, args, kwargs)
         return func(*args, **(kwargs or {}))
+
+
+def _left_to_stock(args: tuple, kwargs: dict[str, Any] | None) -> bool:
+    """Whether a call is one that no operator here takes: of complex numbers, or with ``out=``."""
+    if kwargs:
+        if kwargs.get("out") is not None:
+            return True
+        args = (*args, *kwargs.values())
+    return any(isinstance(x, Tensor) and x.is_complex() for x in args)
 
 
 _HANDLERS: dict[Callable[..., Any], Callable[..., Any]] = {}
@@ -257,15 +266,20 @@ def _adaptive_avg_pool2d(mode, input, output_size):
     return shapes.adaptive_avg_pool2d(input, output_size)
 
 
-@_handles(torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm)
-def _matmul(mode, input, other):
+@_handles(torch.bmm, Tensor.bmm)
+def _bmm(mode, input, mat2, out=None):
+    return _matmul(mode, input, mat2)
+
+
+@_handles(torch.matmul, Tensor.matmul, Tensor.__matmul__)
+def _matmul(mode, input, other, out=None):
     if not (products.is_activation(input) and products.is_activation(other)) or min(input.dim(), other.dim()) < 2:
         return NotImplemented
     return products.matmul(input, other, quantizer=mode.quantizer("attention"))
 
 
 @_handles(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
-def _mul(mode, input, other):
+def _mul(mode, input, other, out=None):
     both = all(isinstance(t, Tensor) and t.requires_grad for t in (input, other))
     if not both or not (products.is_activation(input) or products.is_activation(other)):
         return NotImplemented
@@ -274,14 +288,14 @@ def _mul(mode, input, other):
 
 @_handles(torch.linalg.vector_norm)
 def _vector_norm(mode, x, ord=2, dim=None, keepdim=False, *, dtype=None, out=None):
-    if ord != 2 or dtype is not None or out is not None:
+    if ord != 2 or dtype is not None:
         return NotImplemented
     return products.vector_norm(x, [dim] if isinstance(dim, int) else dim, keepdim, quantizer=mode.quantizer("norm"))
 
 
 @_handles(F.normalize)
 def _normalize(mode, input, p=2.0, dim=1, eps=1e-12, out=None):
-    if p != 2 or dim not in (-1, input.dim() - 1) or out is not None:
+    if p != 2 or dim not in (-1, input.dim() - 1):
         return NotImplemented
     return products.normalize(input, eps, quantizer=mode.quantizer("norm"))
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .codec import math_dtype
 from .functional import Quantizer, _autocast_dtype, _recording, _refuse_double_backward
 
 
@@ -86,7 +87,8 @@ class _Product(torch.autograd.Function):
 def _product(a: Tensor, b: Tensor, stock, quantizer: Quantizer) -> Tensor:
     if not _recording(a, b) or not (a.numel() and b.numel()):
         return stock(a, b)
-    return _Product.apply(a, b, stock, is_activation(a), is_activation(b), quantizer)
+    coded = (is_activation(x) and x.dim() > 0 for x in (a, b))
+    return _Product.apply(a, b, stock, *coded, quantizer)
 
 
 def matmul(a: Tensor, b: Tensor, *, quantizer: Quantizer) -> Tensor:
@@ -99,7 +101,7 @@ def matmul(a: Tensor, b: Tensor, *, quantizer: Quantizer) -> Tensor:
 
 
 def multiply(a: Tensor, b: Tensor, *, quantizer: Quantizer) -> Tensor:
-    """``a * b``; keeps b-bit codes of those of the two that are activations.
+    """``a * b``; keeps b-bit codes of those of the two that are activations of one dimension or more.
 
     dA = dY B and dB = A dY, summed over broadcast dimensions.
     """
@@ -117,7 +119,7 @@ class _VectorNorm(torch.autograd.Function):
         ctx.save_for_backward(*ctx.kept.tensors, norm)
         ctx.kept.tensors = None
         ctx.dim, ctx.keepdim = dim, keepdim
-        return norm if keepdim else norm.squeeze(dim)
+        return norm.clone() if keepdim else norm.sum(dim)  # of one value each: a tensor of its own, not a view
 
     @staticmethod
     def backward(ctx, grad):
@@ -132,8 +134,8 @@ class _VectorNorm(torch.autograd.Function):
 
 def vector_norm(x: Tensor, dim: Sequence[int] | None, keepdim: bool, *, quantizer: Quantizer) -> Tensor:
     """`torch.linalg.vector_norm` of order two; keeps b-bit values and the norm. dX = dY X / norm, or 0 at 0."""
-    dim = tuple(range(x.dim())) if dim is None else tuple(dim)
-    if not _recording(x) or not x.numel():
+    dim = tuple(dim or range(x.dim()))
+    if not _recording(x) or not x.numel() or x.dim() == 0:
         return torch.linalg.vector_norm(x, 2, dim, keepdim)
     return _VectorNorm.apply(x, dim, keepdim, quantizer)
 
@@ -141,20 +143,18 @@ def vector_norm(x: Tensor, dim: Sequence[int] | None, keepdim: bool, *, quantize
 class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, eps, quantizer):
+        norm = x.norm(2, -1, keepdim=True)
+        clamped = norm.clamp_min(eps)
+        y = x / clamped  # as the stock function does it
+        # A direction is a row over its root mean square, times count ** -0.5. Rows shorter than eps are divided by a
+        # constant: without a direction the backward pass of a norm is that of this.
         count = x.shape[-1]
-        # a row of the result is the row over its root mean square, times count ** -0.5
-        kept = quantizer.ops.encode_norm(
-            x.reshape(-1, count),
-            eps**2 / count,
-            False,
-            False,
-            quantizer.bits,
-            quantizer.group_size,
-            quantizer.draw_seed(),
-        )
-        ctx.save_for_backward(*kept)
+        directions = (y * (norm >= eps)).reshape(-1, count) * count**0.5
+        codes = quantizer.ops.encode_groups(directions, quantizer.bits, quantizer.group_size, quantizer.draw_seed())
+        scale = clamped.reshape(-1).to(math_dtype(x.dtype)).reciprocal()
+        ctx.save_for_backward(*codes, scale, x.new_empty(0, dtype=torch.bfloat16))
         ctx.quantizer = quantizer
-        return F.normalize(x, dim=-1, eps=eps)
+        return y
 
     @staticmethod
     def backward(ctx, grad):
@@ -164,7 +164,7 @@ class _Normalize(torch.autograd.Function):
         d_x, _, _ = ctx.quantizer.ops.norm_backward(
             grad.reshape(-1, count), *ctx.saved_tensors, None, False, bits, group_size, [True, False, False]
         )
-        return d_x.mul_(count**-0.5).view(grad.shape), None, None
+        return d_x.view(grad.shape), None, None
 
 
 def normalize(x: Tensor, eps: float = 1e-12, *, quantizer: Quantizer) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .functional import _autocast_dtype, _recording, _refuse_double_backward
+from .functional import _autocast_dtype, _not_a_view, _recording, _refuse_double_backward
 
 
 def _cast(dtype: torch.dtype | None, *tensors: Tensor | None) -> list[Tensor | None]:
@@ -24,7 +24,7 @@ class _FrozenLinear(torch.autograd.Function):
     def forward(ctx, input, weight, bias, dtype):
         ctx.save_for_backward(weight)
         ctx.dtype = dtype
-        return F.linear(input, *_cast(dtype, weight), bias)
+        return _not_a_view(F.linear(input, *_cast(dtype, weight), bias))
 
     @staticmethod
     def backward(ctx, grad):
@@ -41,7 +41,7 @@ def frozen_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
     dX is dY W, db the sum of dY. Stock autograd does the same without autocast, and under it keeps a copy of the weight.
     """
     dtype = _autocast_dtype(input)
-    if dtype is None or weight.dtype == dtype or not _recording(input, bias):
+    if dtype is None or weight.dtype == dtype or weight.dim() != 2 or not _recording(input, bias):
         return F.linear(input, weight, bias)
     input, bias = _cast(dtype, input, bias)
     return _FrozenLinear.apply(input, weight, bias, dtype)
