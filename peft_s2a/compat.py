@@ -10,10 +10,24 @@ from collections.abc import Callable
 from typing import Any
 
 from peft import PeftModel
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import _ExcludedModule as ExcludedModule
+from torch import nn
 from torch.nn.modules import module as torch_module
 from transformers.integrations.peft import PeftAdapterMixin
 from transformers.utils import PushToHubMixin
 
+
+__all__ = [
+    "DOWNLOAD_ARGUMENTS",
+    "BufferDict",
+    "ExcludedModule",
+    "has_global_module_hooks",
+    "parse_regular_expression",
+    "remove_forward_hooks",
+    "replace_cards",
+    "replace_loading",
+]
 
 try:
     from re import _parser as regular_expressions
@@ -34,6 +48,19 @@ def parse_regular_expression(pattern: str) -> Any:
 def has_global_module_hooks() -> bool:
     """Whether a hook on the calls of all modules has been registered, `torch.nn.modules.module.register_module_*`."""
     return torch_module._has_any_global_hook()
+
+
+def remove_forward_hooks(module: nn.Module, owner: Any) -> None:
+    """Removes the forward hooks and forward pre-hooks of `module` that are bound methods of `owner`. A handle would do
+    so too, but it does not follow when a model is copied."""
+    for hooks, options in (
+        (module._forward_pre_hooks, (module._forward_pre_hooks_with_kwargs,)),
+        (module._forward_hooks, (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)),
+    ):
+        for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is owner]:
+            del hooks[key]
+            for option in options:
+                option.pop(key, None)
 
 
 DOWNLOAD_ARGUMENTS = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download", "proxies")

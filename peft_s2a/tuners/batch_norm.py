@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
 from torch import nn
 
+from peft_s2a.compat import BufferDict
 from peft_s2a.tuners.bias import BiasLayer
 from peft_s2a.tuners.layer import AttachedLayer
 

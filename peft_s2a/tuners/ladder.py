@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners._buffer_dict import BufferDict
 from torch import nn
 
+from peft_s2a.compat import BufferDict
 from peft_s2a.tuners.layer import AttachedLayer, as_tensor, first_tensor, with_first_tensor, with_tensor
 from peft_s2a.tuners.side import frozen_projection, input_width, projections
 

@@ -23,6 +23,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
+from peft_s2a.compat import remove_forward_hooks
+
 
 class S2ALayer(nn.Module, BaseTunerLayer):
     """Base class of the S2A layers.
@@ -208,14 +210,7 @@ class AttachedLayer(S2ALayer):
 
     def _unhook(self) -> None:
         for module in self._hooked:
-            for hooks, with_kwargs in (
-                (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
-                (module._forward_hooks, module._forward_hooks_with_kwargs),
-            ):
-                for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
-                    del hooks[key]
-                    with_kwargs.pop(key, None)
-                    module._forward_hooks_always_called.pop(key, None)
+            remove_forward_hooks(module, owner=self)
         self._hooked.clear()
 
 

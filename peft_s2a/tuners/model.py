@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from peft_s2a.activations.wrap import quantize_activations, restore_activations
+from peft_s2a.compat import BufferDict, ExcludedModule
 from peft_s2a.config import _S2ABaseConfig
 from peft_s2a.loading import check_values, some
 from peft_s2a.registration import PREFIX
@@ -66,10 +66,10 @@ class S2AModel(BaseTuner):
         return peft_config
 
     @staticmethod
-    def _check_target_module_exists(peft_config: _S2ABaseConfig, key: str) -> bool | _ExcludedModule:
+    def _check_target_module_exists(peft_config: _S2ABaseConfig, key: str) -> bool | ExcludedModule:
         if any(key in names for names in peft_config.structure_targets.values()):
             return True
-        return _ExcludedModule() if is_excluded(peft_config, key) else False
+        return ExcludedModule() if is_excluded(peft_config, key) else False
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, state_dict: dict[str, Any] | None = None, **kwargs: Any

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners._buffer_dict import BufferDict
 from torch import nn
 
 from peft_s2a.activations.structures import add_low_rank
+from peft_s2a.compat import BufferDict
 from peft_s2a.tuners.bias import CONVOLUTIONS, BiasLayer
 from peft_s2a.tuners.layer import AttachedLayer, as_tensor, first_tensor, with_tensor
 
