@@ -18,6 +18,7 @@ from torch import Tensor
 
 
 WIDTHS = (1, 2, 3, 4, 8)
+LARGEST_GROUP = 2**31 - 1  # values; one that is larger than a row takes the row
 
 
 def packed_width(count: int, bits: int) -> int:
@@ -102,6 +103,8 @@ _UNIT_GROUPS = 4  # groups that share a unit
 
 def scales_width(count: int, group_size: int) -> int:
     """Bytes that the scales of one row of ``count`` values take: units, then minima, then maxima."""
+    if not 1 <= group_size <= LARGEST_GROUP:
+        raise RuntimeError(f"group_size must be between 1 and {LARGEST_GROUP}, not {group_size}")
     groups = -(-count // group_size)
     return -(-groups // _UNIT_GROUPS) + 2 * groups
 
@@ -114,6 +117,8 @@ def encode_groups(x: Tensor, bits: int, group_size: int, seed: int | None = None
     magnitude.
     """
     rows, count = x.shape
+    scales_width(count, group_size)  # refuses sizes out of range
+    group_size = min(group_size, max(count, 1))
     x = x.to(math_dtype(x.dtype))
     groups = -(-count // group_size)
     padding = groups * group_size - count
@@ -132,6 +137,8 @@ def decode_groups(
 ) -> Tensor:
     """The values (``[R, count]``, ``dtype``) that `encode_groups` coded."""
     codes = unpack(packed, bits, count).to(math_dtype(dtype))
+    scales_width(count, group_size)  # refuses sizes out of range
+    group_size = min(group_size, max(count, 1))
     offset, step = (
         part.to(codes.dtype).repeat_interleave(group_size, dim=1)[:, :count]
         for part in _decode_bounds(scales, -(-count // group_size), bits)

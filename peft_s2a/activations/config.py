@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from .backends import BACKENDS
-from .codec import WIDTHS
+from .codec import LARGEST_GROUP, WIDTHS
 from .functional import ROUNDINGS, Quantizer
 
 
@@ -57,6 +57,8 @@ class ActivationQuantizationConfig:
                 raise ValueError(f"bits[{key!r}] must name one of the operator kinds {OPERATOR_KINDS} after the colon")
         if self.group_size is not None:
             _check_int("group_size", self.group_size, "or None")
+            if self.group_size > LARGEST_GROUP:
+                raise ValueError(f"group_size must be at most {LARGEST_GROUP}, not {self.group_size}")
         for name, allowed in (("rounding", ROUNDINGS), ("backend", BACKENDS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, not {getattr(self, name)!r}")

@@ -19,7 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from .activation_functions import activation_function
 from .backends import BACKENDS
-from .codec import WIDTHS, math_dtype, pack, unpack
+from .codec import LARGEST_GROUP, WIDTHS, math_dtype, pack, unpack
 from .levels import CodeTable, code_table
 from .masks import Recipe
 from .ops import op_set, op_set_name
@@ -52,8 +52,8 @@ class Quantizer:
         for name, allowed in (("bits", WIDTHS), ("rounding", ROUNDINGS), ("backend", BACKENDS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, not {getattr(self, name)!r}")
-        if self.group_size < 1:
-            raise ValueError(f"group_size must be at least 1, not {self.group_size!r}")
+        if not 1 <= self.group_size <= LARGEST_GROUP:
+            raise ValueError(f"group_size must be between 1 and {LARGEST_GROUP}, not {self.group_size!r}")
         if self.levels is not None:
             object.__setattr__(self, "levels", tuple(float(level) for level in self.levels))
             if len(self.levels) != 2**self.bits or not all(map(math.isfinite, self.levels)):

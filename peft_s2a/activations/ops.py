@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends
-from .backends import reference
+from .backends import compiled, reference
 from .codec import math_dtype, packed_width, scales_width
 
 
@@ -252,15 +252,21 @@ _loading = threading.Lock()
 
 
 def _load(device: str) -> frozenset[str]:
-    """Register the fused kernels for devices of a type, at the first call; the names of their ops."""
+    """Have the fused kernels for devices of a type registered, at the first call; the names of their ops."""
     with _loading:
         if device not in _loaded:
-            module = backends.fused(device)
-            names = frozenset(name for name in _declared if hasattr(module, name))
-            for name in names:
-                torch.library.impl(f"s2a::{name}", device, _plain(module, name))
-            _loaded[device] = names
+            if device == "cpu":
+                compiled.library()  # registers its own
+            elif (module := backends.triton_on(device)) is not None:
+                for name in filter(functools.partial(hasattr, module), _declared):
+                    torch.library.impl(f"s2a::{name}", device, _plain(module, name))
+            _loaded[device] = frozenset(name for name in _declared if _has_kernel(name, device))
     return _loaded[device]
+
+
+def _has_kernel(name: str, device: str) -> bool:
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)
+    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"s2a::{name}", key)
 
 
 def op_set(backend: str):

@@ -49,7 +49,7 @@ class TestPlainData:
         ("wrong", "message"),
         [
             ({"bits": 5}, "bits"), ({"bits": True}, "bits"), ({"bits": {"norm": 7}}, r"bits\['norm'\]"),
-            ({"group_size": 0}, "group_size"), ({"rounding": "up"}, "rounding"), ({"backend": "cuda"}, "backend"),
+            ({"group_size": 0}, "group_size"), ({"group_size": 2**63 - 1}, "group_size"), ({"rounding": "up"}, "rounding"), ({"backend": "cuda"}, "backend"),
             ({"mlp_tiles": "many"}, "mlp_tiles"), ({"mlp_tiles": 0}, "mlp_tiles"), ({"skip_modules": "head"}, "skip_modules"),
             ({"levels": [1, 2]}, "levels"), ({"levels": {"a": [1, 2]}}, "levels"),
             ({"compress_linear_inputs": "no"}, "compress_linear_inputs"), ({"bit": 4}, "bit"),

@@ -432,7 +432,14 @@ class TestAutograd:
 class TestQuantizer:
     @pytest.mark.parametrize(
         "wrong",
-        [{"bits": 5}, {"rounding": "up"}, {"backend": "cuda"}, {"group_size": 0}, {"bits": 2, "levels": (0, 1)}],
+        [
+            {"bits": 5},
+            {"rounding": "up"},
+            {"backend": "cuda"},
+            {"group_size": 0},
+            {"group_size": 10**12},
+            {"bits": 2, "levels": (0, 1)},
+        ],
     )
     def test_names_the_wrong_argument(self, wrong):
         with pytest.raises(ValueError, match=list(wrong)[-1]):

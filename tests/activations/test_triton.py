@@ -185,7 +185,7 @@ class TestSelection:
             sys.modules["triton"] = None  # makes the import fail
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                assert [backends.fused("cuda") for _ in range(3)] == [None] * 3
+                assert [backends.triton_on("cuda") for _ in range(3)] == [None] * 3
             messages = [str(w.message) for w in caught if "reference backend" in str(w.message)]
             assert len(messages) == 1 and "pip install triton" in messages[0], messages
             """,

@@ -17,11 +17,8 @@ from . import compiled
 BACKENDS = ("auto", "reference", "compiled", "triton")
 
 
-def fused(device: str) -> ModuleType | None:
-    """The module of fused kernels for devices of a type; None, after one warning where the user expects another, for
-    none."""
-    if device == "cpu":
-        return compiled if compiled.library() is not None else None
+def triton_on(device: str) -> ModuleType | None:
+    """The Triton kernels for devices of a type; None, after one warning where the user expects them, for none."""
     return _triton() if device == "cuda" and not is_interpreted() else None
 
 

@@ -1,0 +1,325 @@
+/* Heads, attention and attention to prompts. */
+#pragma once
+
+#include "rows.h"
+
+namespace kernels {
+
+/* One tile of a matrix product, in registers: c[r, 16 v] (+)= sum over k of a[r, k] b[k, 16 v]. */
+INLINE void product_tile(int rows, int vectors, const float *a, long a_row, long a_step, const float *b, long b_step,
+                         long inner, float *c, long c_row, int add) {
+    vector16 sums[12][4];
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < vectors; v++)
+            sums[r][v] = add ? (vector16) * (loose16 *)(c + r * c_row + 16 * v) : (vector16){0};
+    for (long k = 0; k < inner; k++) {
+        vector16 right[4];
+        for (int v = 0; v < vectors; v++) right[v] = *(const loose16 *)(b + k * b_step + 16 * v);
+        for (int r = 0; r < rows; r++)
+            for (int v = 0; v < vectors; v++) sums[r][v] += a[r * a_row + k * a_step] * right[v];
+    }
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < vectors; v++) *(loose16 *)(c + r * c_row + 16 * v) = sums[r][v];
+}
+
+INLINE void product_columns(int vectors, long rows, const float *a, long a_row, long a_step, const float *b, long b_step,
+                            long inner, float *c, long c_row, int add) {
+    long i = 0;
+#ifdef __AVX512F__ /* enough sums to keep the multipliers busy, in as many registers */
+    if (vectors == 1)
+        for (; i + 12 <= rows; i += 12)
+            product_tile(12, 1, a + i * a_row, a_row, a_step, b, b_step, inner, c + i * c_row, c_row, add);
+#endif
+    for (; i + 6 <= rows; i += 6)
+        product_tile(6, vectors, a + i * a_row, a_row, a_step, b, b_step, inner, c + i * c_row, c_row, add);
+    a += i * a_row, c += i * c_row;
+    switch (rows - i) {
+    case 5: product_tile(5, vectors, a, a_row, a_step, b, b_step, inner, c, c_row, add); break;
+    case 4: product_tile(4, vectors, a, a_row, a_step, b, b_step, inner, c, c_row, add); break;
+    case 3: product_tile(3, vectors, a, a_row, a_step, b, b_step, inner, c, c_row, add); break;
+    case 2: product_tile(2, vectors, a, a_row, a_step, b, b_step, inner, c, c_row, add); break;
+    case 1: product_tile(1, vectors, a, a_row, a_step, b, b_step, inner, c, c_row, add); break;
+    }
+}
+
+/* c (+)= a b, with `columns` (of b and c) a multiple of 16; element [i, k] of a lies at i * a_row + k * a_step */
+static void product(long rows, long columns, long inner, const float *a, long a_row, long a_step, const float *b, long b_row,
+                    float *c, long c_row, int add) {
+    long j = 0;
+#ifdef __AVX512F__ /* enough registers for four vectors beside six rows */
+    for (; j + 64 <= columns; j += 64) product_columns(4, rows, a, a_row, a_step, b + j, b_row, inner, c + j, c_row, add);
+    for (; j + 32 <= columns; j += 32) product_columns(2, rows, a, a_row, a_step, b + j, b_row, inner, c + j, c_row, add);
+#endif
+    for (; j < columns; j += 16) product_columns(1, rows, a, a_row, a_step, b + j, b_row, inner, c + j, c_row, add);
+}
+
+/* The softmax of a row of `count` scores, in place; a row of nothing but minus infinity becomes zeros. Up to the next multiple of
+ * 16 it is filled with zeros. Returns by how much the probabilities that PyTorch's fused kernels recompute differ, see
+ * `_rounding_of_fused_kernels` in `attention.py`. */
+inline float softmax_row(float *x, long count) {
+    long padded = PAD16(count);
+    if (!count) return 1;
+    for (long i = count; i < padded; i++) x[i] = -INFINITY;
+    vector16 tops = *(loose16 *)x;
+    for (long i = 16; i < padded; i += 16) tops = larger16(*(loose16 *)(x + i), tops);
+    float top = largest16(tops);
+    if (top == -INFINITY) {
+        memset(x, 0, padded * sizeof(float));
+        return 1;
+    }
+    vector16 sums = {0};
+    for (long i = 0; i < padded; i += 16) {
+        vector16 e = exp16(*(loose16 *)(x + i) - top);
+        *(loose16 *)(x + i) = e, sums += e;
+    }
+    float sum = sum16(sums), scale = 1 / sum;
+    for (long i = 0; i < padded; i += 16) *(loose16 *)(x + i) *= scale;
+    if (fabsf(top) < 1024) return 1;
+    float exponent = logf(sum);
+    volatile float log_sum = top + exponent, shift = log_sum - top; /* rounded, which the compiler must not undo */
+    return expf(exponent - shift);
+}
+
+/* d = p * (d - sum(p * d)), the gradient of the scores behind the probabilities p */
+static void softmax_row_backward(const float *p, float *d, long padded) {
+    vector16 sums = {0};
+    for (long i = 0; i < padded; i += 16) sums += *(loose16 *)(p + i) * *(loose16 *)(d + i);
+    float sum = sum16(sums);
+    for (long i = 0; i < padded; i += 16) *(loose16 *)(d + i) = *(loose16 *)(p + i) * (*(loose16 *)(d + i) - sum);
+}
+
+static void transpose(const float *x, long rows, long columns, long x_row, float *out, long out_row) {
+    for (long i = 0; i < rows; i++)
+        for (long j = 0; j < columns; j++) out[j * out_row + i] = x[i * x_row + j];
+}
+
+/* Queries, keys or values of one head: [rows, PAD16(count)], filled up with zeros. */
+static void decode_head(const uint8_t *packed, const uint8_t *scales, const uint16_t *mean, long rows, long count, int bits,
+                        long group, float factor, uint8_t *codes, float *out) {
+    Rows coded = coded_rows(packed, scales, count, bits, group);
+    long row = PAD16(count);
+    for (long n = 0; n < rows; n++, out += row) {
+        decode_row(&coded, n, codes, out);
+        if (mean)
+            for (long i = 0; i < count; i++) out[i] += bf16_to_float(mean[i]);
+        if (factor != 1)
+            for (long i = 0; i < count; i++) out[i] *= factor;
+        memset(out + count, 0, (row - count) * sizeof(float));
+    }
+}
+
+/* How many query rows attention takes at a time: their scores shall stay in the cache. */
+static long rows_at_a_time(long length, long keys) {
+    long most = keys ? 24576 / PAD16(keys) : length;
+    if (most < 6) most = 6;
+    long tiles = (length + most - 1) / most;
+    return tiles ? (length + tiles - 1) / tiles : 0;
+}
+
+/* Floats of room that one thread of `attention_backward` needs. */
+inline long attention_workspace(long length, long keys, long dim, long value_dim) {
+    long rows = rows_at_a_time(length, keys), e = PAD16(dim), ev = PAD16(value_dim), s = PAD16(keys);
+    return length * e + 2 * keys * e + keys * ev + (dim + value_dim) * s + rows * (2 * s + e + ev) + PAD16(e + ev);
+}
+
+/* x[b, h, n, d] lies at b * stride_b + h * stride_h + n * stride_n + d; mean is bfloat16 [B, H, D] */
+template <typename T>
+void encode_heads(const T *x, long samples, long heads, long tokens, long count, long stride_b, long stride_h,
+                               long stride_n, int center, int bits, long group, const int64_t *seed, uint8_t *packed,
+                               uint8_t *scales, uint16_t *mean) {
+    Rows coded = coded_rows(packed, scales, count, bits, group);
+    long together = rows_together(&coded, seed), pitch = pitch_of(&coded), room = room_together(&coded);
+    parallel(samples * heads, tokens * count, [&](long begin, long end) {
+        Room memory(room * (sizeof(float) + 1) + count * sizeof(float));
+        float *values = memory.floats(), *average = values + room;
+        uint8_t *codes = (uint8_t *)(average + count);
+        for (long head = begin; head < end; head++) {
+            const T *start = x + head / heads * stride_b + head % heads * stride_h;
+            for (long i = 0; i < count; i++) average[i] = 0;
+            if (center && tokens) {
+                for (long n = 0; n < tokens; n++)
+                    for (long i = 0; i < count; i++) average[i] += load(start[n * stride_n + i]);
+                for (long i = 0; i < count; i++) {
+                    uint16_t rounded = float_to_bf16(average[i] / tokens);
+                    average[i] = bf16_to_float(rounded);
+                    if (mean) mean[head * count + i] = rounded;
+                }
+            }
+            for (long first = 0; first < tokens; first += together) {
+                long n = MIN(together, tokens - first);
+                for (long r = 0; r < n; r++)
+                    for (long i = 0; i < count; i++)
+                        values[r * pitch + i] = load(start[(first + r) * stride_n + i]) - average[i];
+                encode_some_rows(&coded, head * tokens + first, n, values, seed, codes);
+            }
+        }
+    });
+}
+
+/* See `attention.py`. grad[b, h, n, d] lies at b * grad_strides[0] + h * grad_strides[1] + n * grad_strides[2] + d; the mask's strides
+ * are four. Results are [B, N, H, D]. `room`: `attention_workspace` floats for every thread. */
+template <typename T>
+void attention_backward(const T *grad, const long *grad_strides, const Coded &query, const Coded &key,
+                                     const Coded &value, const float *mask, const long *mask_strides, int causal,
+                                     float scale, int bits, long group, long samples, long heads, long length, long keys,
+                                     long dim, long value_dim, T *d_query, T *d_key, T *d_value, float *room) {
+    long e = PAD16(dim), ev = PAD16(value_dim), s = PAD16(keys), most = rows_at_a_time(length, keys);
+    long size = attention_workspace(length, keys, dim, value_dim);
+    parallel(samples * heads, LARGE, [&](long begin, long end) {
+        long thread = thread_index();
+        float *q = room + thread * size, *k = q + length * e, *dk = k + keys * e, *dv = dk + keys * e;
+        float *kt = dv + keys * ev, *vt = kt + dim * s, *p = vt + value_dim * s, *ds = p + most * s, *dq = ds + most * s;
+        float *dout = dq + most * e;
+        uint8_t *codes = (uint8_t *)(dout + most * ev);
+        memset(kt, 0, (dim + value_dim) * s * sizeof(float));
+        for (long head = begin; head < end; head++) {
+            long b = head / heads, h = head % heads;
+#define DECODE(coded, rows, count, factor, out)                                                                        \
+    decode_head(coded.packed + head * rows * packed_width(count, bits),                                               \
+                coded.scales + head * rows * scales_width((count + group - 1) / group),                               \
+                coded.mean ? coded.mean + head * count : NULL, rows, count, bits, group, factor, codes, out)
+            DECODE(value, keys, value_dim, 1, dv); /* until its own use, room for the values */
+            transpose(dv, keys, value_dim, ev, vt, s);
+            DECODE(query, length, dim, scale, q);
+            DECODE(key, keys, dim, 1, k);
+            transpose(k, keys, dim, e, kt, s);
+            for (long start = 0; start < length; start += most) {
+                long rows = MIN(most, length - start);
+                const float *q_rows = q + start * e;
+                for (long i = 0; i < rows; i++) {
+                    const T *from = grad + b * grad_strides[0] + h * grad_strides[1] + (start + i) * grad_strides[2];
+                    for (long j = 0; j < value_dim; j++) dout[i * ev + j] = load(from[j]);
+                    for (long j = value_dim; j < ev; j++) dout[i * ev + j] = 0;
+                }
+                product(rows, s, dim, q_rows, e, 1, kt, s, p, s, 0);
+                product(rows, s, value_dim, dout, ev, 1, vt, s, ds, s, 0);
+                for (long i = 0; i < rows; i++) {
+                    float *row = p + i * s;
+                    if (mask) {
+                        const float *term = mask + b * mask_strides[0] + h * mask_strides[1] + (start + i) * mask_strides[2];
+                        if (mask_strides[3] == 1)
+                            for (long j = 0; j < keys; j++) row[j] += term[j];
+                        else
+                            for (long j = 0; j < keys; j++) row[j] += term[j * mask_strides[3]];
+                    }
+                    if (causal)
+                        for (long j = start + i + 1; j < keys; j++) row[j] = -INFINITY;
+                    float factor = softmax_row(row, keys);
+                    softmax_row_backward(row, ds + i * s, s);
+                    if (factor != 1)
+                        for (long j = 0; j < s; j++) row[j] *= factor, ds[i * s + j] *= factor;
+                }
+                product(rows, e, keys, ds, s, 1, k, e, dq, e, 0);
+                for (long i = 0; i < rows; i++)
+                    for (long j = 0; j < dim; j++)
+                        d_query[((b * length + start + i) * heads + h) * dim + j] = store<T>(dq[i * e + j] * scale);
+                product(keys, e, rows, ds, 1, s, q_rows, e, dk, e, start > 0);
+                product(keys, ev, rows, p, 1, s, dout, ev, dv, ev, start > 0);
+            }
+            for (long n = 0; n < keys; n++) {
+                for (long j = 0; j < dim; j++)
+                    d_key[((b * keys + n) * heads + h) * dim + j] = store<T>(length ? dk[n * e + j] : 0);
+                for (long j = 0; j < value_dim; j++)
+                    d_value[((b * keys + n) * heads + h) * value_dim + j] = store<T>(length ? dv[n * ev + j] : 0);
+            }
+        }
+    });
+}
+
+#define PROMPT_ROWS 96
+
+/* out[b, n, h, :] = attended + softmax(scale q key[h]^T) value[h], with q[b, h, n, :] at b * strides[0] + h * strides[1] +
+ * n * strides[2]; attended and out are [B, N, H, D]. */
+template <typename T>
+void prompt_attention(const T *attended, const T *query, const long *strides, const float *key,
+                                   const float *value, float scale, long samples, long heads, long length, long prompts,
+                                   long dim, long value_dim, T *out) {
+    long s = PAD16(prompts), ev = PAD16(value_dim);
+    parallel(samples * heads, LARGE, [&](long begin, long end) {
+        Room memory((dim * s + prompts * ev + PROMPT_ROWS * (dim + s + ev)) * sizeof(float));
+        float *kt = memory.floats();
+        float *v = kt + dim * s, *q = v + prompts * ev, *p = q + PROMPT_ROWS * dim, *o = p + PROMPT_ROWS * s;
+        memset(kt, 0, (dim * s + prompts * ev) * sizeof(float));
+        for (long head = begin; head < end; head++) {
+            long b = head / heads, h = head % heads;
+            transpose(key + h * prompts * dim, prompts, dim, dim, kt, s);
+            for (long j = 0; j < prompts; j++)
+                memcpy(v + j * ev, value + (h * prompts + j) * value_dim, value_dim * sizeof(float));
+            for (long start = 0; start < length; start += PROMPT_ROWS) {
+                long rows = MIN(PROMPT_ROWS, length - start);
+                for (long i = 0; i < rows; i++) {
+                    const T *from = query + b * strides[0] + h * strides[1] + (start + i) * strides[2];
+                    for (long j = 0; j < dim; j++) q[i * dim + j] = load(from[j]) * scale;
+                }
+                product(rows, s, dim, q, dim, 1, kt, s, p, s, 0);
+                for (long i = 0; i < rows; i++) softmax_row(p + i * s, prompts);
+                product(rows, ev, prompts, p, s, 1, v, ev, o, ev, 0);
+                for (long i = 0; i < rows; i++) {
+                    long at = ((b * length + start + i) * heads + h) * value_dim;
+                    for (long j = 0; j < value_dim; j++) out[at + j] = store<T>(load(attended[at + j]) + o[i * ev + j]);
+                }
+            }
+        }
+    });
+}
+
+/* Gradients of `prompt_attention` for the query ([B, N, H, D]), keys and values ([H, P, D]); grad is [B, N, H, D]. */
+template <typename T>
+void prompt_attention_backward(const T *grad, const Coded &query, const float *key, const float *value,
+                                            float scale, int bits, long group, long samples, long heads, long length,
+                                            long prompts, long dim, long value_dim, T *d_query, float *d_key,
+                                            float *d_value) {
+    long s = PAD16(prompts), e = PAD16(dim), ev = PAD16(value_dim);
+    long width = packed_width(dim, bits), stride = scales_width((dim + group - 1) / group);
+    long keys = heads * prompts * e, values = heads * prompts * ev; /* of one thread's sums */
+    long threads = thread_count();
+    Room room(threads * (keys + values) * sizeof(float), true);
+    float *sums = room.floats();
+    parallel(samples * heads, LARGE, [&](long begin, long end) {
+        long thread = thread_index();
+        long size = (dim + value_dim) * s + prompts * e + PROMPT_ROWS * (2 * e + ev + 2 * s);
+        Room memory(size * sizeof(float) + e);
+        float *kt = memory.floats(), *vt = kt + dim * s, *k = vt + value_dim * s, *q = k + prompts * e;
+        float *dq = q + PROMPT_ROWS * e, *dout = dq + PROMPT_ROWS * e, *p = dout + PROMPT_ROWS * ev, *ds = p + PROMPT_ROWS * s;
+        uint8_t *codes = (uint8_t *)(ds + PROMPT_ROWS * s);
+        memset(kt, 0, size * sizeof(float));
+        for (long head = begin; head < end; head++) {
+            long b = head / heads, h = head % heads;
+            float *dk = sums + thread * (keys + values) + h * prompts * e, *dv = sums + thread * (keys + values) + keys + h * prompts * ev;
+            transpose(key + h * prompts * dim, prompts, dim, dim, kt, s);
+            transpose(value + h * prompts * value_dim, prompts, value_dim, value_dim, vt, s);
+            for (long j = 0; j < prompts; j++) memcpy(k + j * e, key + (h * prompts + j) * dim, dim * sizeof(float));
+            for (long start = 0; start < length; start += PROMPT_ROWS) {
+                long rows = MIN(PROMPT_ROWS, length - start), first = head * length + start;
+                decode_head(query.packed + first * width, query.scales + first * stride,
+                            query.mean ? query.mean + head * dim : NULL, rows, dim, bits, group, scale, codes, q);
+                for (long i = 0; i < rows; i++)
+                    for (long j = 0; j < value_dim; j++)
+                        dout[i * ev + j] = load(grad[((b * length + start + i) * heads + h) * value_dim + j]);
+                product(rows, s, dim, q, e, 1, kt, s, p, s, 0);
+                product(rows, s, value_dim, dout, ev, 1, vt, s, ds, s, 0);
+                for (long i = 0; i < rows; i++) {
+                    softmax_row(p + i * s, prompts);
+                    softmax_row_backward(p + i * s, ds + i * s, s);
+                }
+                product(rows, e, prompts, ds, s, 1, k, e, dq, e, 0);
+                for (long i = 0; i < rows; i++)
+                    for (long j = 0; j < dim; j++)
+                        d_query[((b * length + start + i) * heads + h) * dim + j] = store<T>(dq[i * e + j] * scale);
+                product(prompts, e, rows, ds, 1, s, q, e, dk, e, 1);
+                product(prompts, ev, rows, p, 1, s, dout, ev, dv, ev, 1);
+            }
+        }
+    });
+    for (long j = 0; j < heads * prompts; j++) {
+        for (long i = 0; i < dim; i++) d_key[j * dim + i] = 0;
+        for (long i = 0; i < value_dim; i++) d_value[j * value_dim + i] = 0;
+        for (long thread = 0; thread < threads; thread++) {
+            const float *from = sums + thread * (keys + values);
+            for (long i = 0; i < dim; i++) d_key[j * dim + i] += from[j * e + i];
+            for (long i = 0; i < value_dim; i++) d_value[j * value_dim + i] += from[keys + j * ev + i];
+        }
+    }
+}
+
+} // namespace kernels
