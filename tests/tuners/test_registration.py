@@ -113,7 +113,7 @@ class TestConfig:
             ({"num_prompt_tokens": True}, "`num_prompt_tokens` must be a positive integer"),
             ({"side_rank": 4.0}, "`side_rank` must be a positive integer, got 4.0"),
             ({"side_rank": "32"}, "`side_rank` must be a positive integer, got '32'"),
-            ({"side_alpha": -1}, "`side_alpha` must be a positive number, got -1"),
+            ({"side_alpha": -1}, "`side_alpha` must be a positive number up to 1e\\+06, got -1"),
             ({"side_mode": "stairs"}, "`side_mode` must be one of 'residual', 'ladder', got 'stairs'"),
             ({"side_activation": "relu"}, "`side_activation` must be one of 'gelu', 'linear'"),
             ({"side_init": "zeros"}, "`side_init` must be one of 'orthogonal', 'svd'"),
