@@ -124,7 +124,7 @@ class BiasLayer(S2ALayer):
         elif watched:
             output = _call_watched(base_layer, parameters, args, kwargs)
         else:
-            output = _call_with(base_layer, parameters, args, kwargs)
+            output = _call_with(base_layer, parameters, args, kwargs, hooks=_has_hooks(base_layer))
         if offset is not None:
             output = output + self._broadcast(offset, output).to(output)
         return output
@@ -178,14 +178,22 @@ class BiasLayer(S2ALayer):
 
 def _is_watched(layer: nn.Module) -> bool:
     """Whether others look at the calls of `layer`, or run it in their own way."""
-    return bool(
-        layer._forward_hooks
-        or layer._forward_pre_hooks
-        or layer._backward_hooks
-        or layer._backward_pre_hooks
-        or "forward" in layer.__dict__
-        or has_global_module_hooks()
-    )
+    if "forward" in layer.__dict__ or has_global_module_hooks():
+        return True
+    return any(not _is_own(hook) for hooks in _hooks(layer) if hooks for hook in hooks.values())
+
+
+def _hooks(layer: nn.Module) -> tuple[dict, ...]:
+    return layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
+
+
+def _has_hooks(layer: nn.Module) -> bool:
+    return any(_hooks(layer))
+
+
+def _is_own(hook: Any) -> bool:
+    """Whether a hook is this package's, such as a prompt's on the query projection: those see the adapted output."""
+    return (getattr(hook, "__module__", None) or "").partition(".")[0] == "peft_s2a"
 
 
 STOCK_FORWARDS = {kind.forward for kind in (nn.Linear, *CONVOLUTIONS, *NORMALISATIONS)}
