@@ -131,7 +131,7 @@ def _encode_derivative(x: Tensor, name: str, params: dict, table: CodeTable, qua
 
 class _Activation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, name, params, table, quantizer, inplace, overwrite):
+    def forward(ctx, x, name, params, table, quantizer, inplace):
         function = activation_function(name)
         ctx.order = _memory_order(x)
         ctx.table, ctx.quantizer = table, quantizer
@@ -139,11 +139,6 @@ class _Activation(torch.autograd.Function):
         if inplace:
             ctx.mark_dirty(x)
             return function.forward_(x, **params)
-        if overwrite:
-            torch.autograd.graph.increment_version(
-                x
-            )  # whoever kept x against the promise gets an error, not a wrong value
-            return function.forward_(x.data, **params)
         return function.forward(x, **params)
 
     @staticmethod
@@ -152,12 +147,10 @@ class _Activation(torch.autograd.Function):
         (packed,) = ctx.saved_tensors
         flat = _flat(grad, ctx.order)
         d_x = ctx.quantizer.ops.scale_by_levels(flat, packed, ctx.table.levels, ctx.table.bits)
-        return _unflat(d_x, grad.shape, ctx.order), None, None, None, None, None, None
+        return _unflat(d_x, grad.shape, ctx.order), None, None, None, None, None
 
 
-def activation(
-    x: Tensor, name: str, *, quantizer: Quantizer, inplace: bool = False, overwrite: bool = False, **params: float
-) -> Tensor:
+def activation(x: Tensor, name: str, *, quantizer: Quantizer, inplace: bool = False, **params: float) -> Tensor:
     """Activation function ``name`` of ``x``; keeps ``quantizer.bits`` bits a value (1 bit, exact, if piecewise
     linear).
 
@@ -166,9 +159,6 @@ def activation(
         name: a key of `activation_functions.ACTIVATION_FUNCTIONS`.
         inplace: write the result over ``x``. Only where nothing else reads ``x``; autograd raises if its old value was
             kept. Functions without an in-place form ignore it.
-        overwrite: the caller promises that nobody reads ``x`` any more: its memory is used for the result, which is a
-            tensor of its own to autograd. Unlike ``inplace`` this costs nothing where ``x`` is a view, as linear
-            layers' results are.
         params: the function's own parameters (``negative_slope``, ``alpha``, ...).
 
     Source: derivative codes as in S2A (arXiv:2503.08154) and fewbit (Novikov et al. 2022); see `levels` for the
@@ -181,8 +171,7 @@ def activation(
     items = tuple(sorted(params.items()))
     stochastic = quantizer.rounding == "stochastic"
     table = code_table(name, items, quantizer.bits, quantizer.levels, x.dtype == torch.float64, stochastic)
-    overwrite = overwrite and function.forward_ is not None
-    return _Activation.apply(x, name, params, table, quantizer, inplace, overwrite)
+    return _Activation.apply(x, name, params, table, quantizer, inplace)
 
 
 # rows from which on a norm's columns are standardised (bfloat16 mean and deviation each): there they weigh little

@@ -17,7 +17,6 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_
 from . import functional, masks, products, shapes, structures
 from .config import ActivationQuantizationConfig
 from .functional import Quantizer
-from .tiling import SampleDraws
 
 
 class OperatorMode(TorchFunctionMode):
@@ -28,26 +27,25 @@ class OperatorMode(TorchFunctionMode):
         module_name: dotted name of the module whose operators these are, for settings that go by module.
     """
 
+    is_replaced_by_plans = True  # what it does to the modules inside is recorded in their plans
+
     def __init__(self, config: ActivationQuantizationConfig, module_name: str) -> None:
         super().__init__()
         self.config = config
         self.module_name = module_name
         self._quantizers: dict[tuple[str, int | None], Quantizer] = {}
-        self.overwrites = False  # activation functions may use the memory of their input
-        self._draws: SampleDraws | None = None  # of the tile that is being run
 
     def __reduce__(self):
         return OperatorMode, (self.config, self.module_name)
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """``function(*args, **kwargs)`` under this mode in place of the surrounding module's, and of the tile's draws, which it
-        then serves: every mode in force costs time at every operator."""
+        """``function(*args, **kwargs)`` under this mode in place of the surrounding module's: every mode in force costs time
+        at every operator."""
         if torch.compiler.is_compiling():
             with self:
                 return function(*args, **kwargs)
         outer = _get_current_function_mode()
-        self._draws = outer if isinstance(outer, SampleDraws) else getattr(outer, "_draws", None)
-        replaces = isinstance(outer, (OperatorMode, SampleDraws))
+        replaces = isinstance(outer, OperatorMode)
         if replaces:
             _pop_mode()
         _push_mode(self)
@@ -73,8 +71,6 @@ class OperatorMode(TorchFunctionMode):
                 return result
         if func in masks.FUNCTIONS and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return masks.call(func, args, kwargs or {})
-        if self._draws is not None and SampleDraws.concerns(func):
-            return self._draws.__torch_function__(func, types, args, kwargs)
         return func(*args, **(kwargs or {}))
 
 
@@ -105,7 +101,7 @@ def _register_activation(name: str, *stock: Callable[..., Any], inplace: bool = 
     def handler(mode, input, *args, **kwargs):
         params = {**dict(zip((*parameters, "inplace"), args)), **kwargs}
         over = params.pop("inplace", inplace)
-        options = {"quantizer": mode.quantizer("activation"), "inplace": over, "overwrite": mode.overwrites}
+        options = {"quantizer": mode.quantizer("activation"), "inplace": over}
         return functional.activation(input, name, **options, **params)
 
     _handles(*stock)(handler)
@@ -136,7 +132,7 @@ _register_activation("sigmoid", torch.sigmoid_, Tensor.sigmoid_, inplace=True)
 @_handles(F.gelu)
 def _gelu(mode, input, approximate="none"):
     name = "gelu" if approximate == "none" else "gelu_tanh"
-    return functional.activation(input, name, quantizer=mode.quantizer("activation"), overwrite=mode.overwrites)
+    return functional.activation(input, name, quantizer=mode.quantizer("activation"))
 
 
 @_handles(F.layer_norm)

@@ -21,6 +21,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from peft_s2a.activations.plans.trace import operator_name
+
 from .report import KeptBytes, MemoryReport, PeakBytes
 
 
@@ -97,6 +99,7 @@ class StepTrace:
         self._module_names: list[str] = [""]
         self._in_optimizer = False
         self._is_packing = False
+        self._unpacked: dict[int, int] = defaultdict(int)
         self._max_gradients = 0
         self._contexts = ExitStack()
 
@@ -251,12 +254,23 @@ class StepTrace:
     def _unpack(self, packed: tuple[torch.Tensor, _Use | None]) -> torch.Tensor:
         tensor, use = packed
         node = torch._C._current_autograd_node()
+        kept_by = self._kept_by(node)
         if use is not None and use.operator is None and node is not None:
-            use.operator, use.ours = _operator_name(node)
-            use.node = (node.name(), node._sequence_nr())
+            *name, number = kept_by or (*operator_name(node), None)
+            use.operator, use.ours = name
+            use.node = (node.name(), node._sequence_nr(), number)
             if use.number != node._sequence_nr() and not isinstance(node, torch.autograd.function.BackwardCFunction):
                 use.operator = CHECKPOINT  # unpacked on behalf of a node made later: an input of what is recomputed
         return tensor
+
+    def _kept_by(self, node: Any) -> tuple[str, bool, int] | None:
+        """Of the tensor that is being unpacked: the operator inside a plan, which unpacks all of its tensors in order."""
+        names = getattr(node, "kept_by", None)
+        if names is None:
+            return None
+        place = self._unpacked[node._sequence_nr()]
+        self._unpacked[node._sequence_nr()] += 1
+        return names[place % len(names)]
 
     def kept(self) -> tuple[dict[str, KeptBytes], dict[str, KeptBytes]]:
         """What was kept for backward, (by operator, by module), largest first."""
@@ -334,22 +348,6 @@ class _Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         return self.trace.operator(function, args, kwargs or {})
-
-
-def _operator_name(node: Any) -> tuple[str, bool]:
-    """The operator of a node of the autograd graph, as in "native_layer_norm", and whether it is this package's."""
-    name = node.name()
-    function = getattr(type(node), "_forward_cls", None)  # the torch.autograd.Function of a node written in Python
-    ours = name.startswith("GeneratedBackwardFor_s2a_") or (function.__module__ if function else "").startswith(
-        "peft_s2a"
-    )
-    name = re.sub(
-        r"^GeneratedBackwardFor_([a-z0-9]+)_(.+)_default(Backward)?$", r"\1::\2", name
-    )  # torch.library operators
-    name = re.sub(r"Backward\d*$", "", name)
-    if "::" not in name:
-        name = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z0-9])(?=[A-Z][a-z])", "_", name).lower().lstrip("_")
-    return (f"s2a::{name}" if ours and "::" not in name else name), ours
 
 
 def _tensors(tree: Any) -> Iterable[torch.Tensor]:

@@ -13,8 +13,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import ViTConfig, ViTForImageClassification
 
-from peft_s2a.activations import tiling, wrap
+from peft_s2a.activations import wrap
 from peft_s2a.activations.config import ActivationQuantizationConfig
+from peft_s2a.activations.plans.tiles import TiledPlan
 from peft_s2a.activations.wrap import quantize_activations, restore_activations
 
 
@@ -69,15 +70,15 @@ def vit():
 
 @pytest.fixture
 def tiles_run(monkeypatch):
-    """A list that grows by (dim, size) with every call that runs in tiles."""
+    """A list that grows by the numbers of samples in the tiles of every call that runs in tiles."""
     calls = []
-    run = tiling.run_tiled
+    run = TiledPlan.__call__
 
-    def spy(function, args, kwargs, parameters, size, dim, *options):
-        calls.append((dim, size))
-        return run(function, args, kwargs, parameters, size, dim, *options)
+    def spy(plan, *args):
+        calls.append(plan.sizes)
+        return run(plan, *args)
 
-    monkeypatch.setattr(tiling, "run_tiled", spy)
+    monkeypatch.setattr(TiledPlan, "__call__", spy)
     return calls
 
 
@@ -131,7 +132,7 @@ class TestForward:
         ):
             torch.testing.assert_close(other, one)
         vit(images)
-        assert (0, 2) in tiles_run
+        assert [2, 2] in tiles_run
 
     def test_autocast(self, vit):
         images, _ = batch("vit")
@@ -332,13 +333,16 @@ class TestReversibility:
 
 
 class TestTiles:
-    def test_blocks_run_over_samples_and_mlps_over_tokens(self, vit, tiles_run):
+    def test_blocks_run_over_samples(self, vit, tiles_run):
         quantize_activations(vit, tiled())
         logits(vit, batch("vit")[0])
-        assert tiles_run == [(0, 2)] * 3  # embeddings and two layers
+        assert tiles_run == [[2, 2]] * 3  # embeddings and two layers
+        tiles_run.clear()
+        logits(vit, batch("vit", size=5)[0])
+        assert tiles_run == [[3, 2]] * 3
         tiles_run.clear()
         logits(vit, batch("vit", size=1)[0])
-        assert tiles_run == [(1, 9), (1, 9)]
+        assert not tiles_run
 
     @pytest.mark.parametrize("config", [reference(mlp_tiles=2), ActivationQuantizationConfig(mlp_tiles=1)])
     def test_switched_off(self, vit, tiles_run, config):
@@ -350,22 +354,20 @@ class TestTiles:
         images, _ = batch("vit")
         logits(vit, images)
         assert not tiles_run
-        monkeypatch.setitem(wrap._ROOM, "cpu", 13 * 17 * 32 * 4)
-        logits(vit, images)
-        assert [dim for dim, _ in tiles_run] == [0, 0, 0]
-        assert tiles_run[-1] == (0, 1)
+        monkeypatch.setitem(wrap._ROOM, "cpu", 10 * 17 * 32 * 4)
+        logits(quantize_activations(vit), images)
+        assert tiles_run[-1] == [1] * 4
 
     def test_tiles_are_larger_the_more_codes_are_still_to_come(self, tiles_run, monkeypatch):
         monkeypatch.setitem(wrap._ROOM, "cpu", 1)
-        monkeypatch.setattr(wrap, "_WORKING_SET", 4)
         config = ViTConfig(hidden_size=32, intermediate_size=64, num_attention_heads=2, image_size=32, num_labels=3)
         vit = ViTForImageClassification(config).requires_grad_(False)
         vit.vit.embeddings.cls_token.requires_grad_(True)
         vit(torch.randn(16, 3, 32, 32))  # nothing quantised: whole
         assert not tiles_run
         quantize_activations(vit)(torch.randn(16, 3, 32, 32))
-        _, *sizes = [size for dim, size in tiles_run if dim == 0]  # the first are the embeddings
-        assert sizes == sorted(sizes, reverse=True) and sizes[-1] == 1 < sizes[0]
+        _, *tiles = [len(sizes) for sizes in tiles_run]  # the first are the embeddings
+        assert tiles == sorted(tiles) and tiles[-1] == 16 > tiles[0]
 
     def test_trained_weights_run_whole(self, tiles_run):
         vit = quantize_activations(build("vit"), tiled())
@@ -377,7 +379,7 @@ class TestTiles:
         vit.vit.layers[0].mlp.fc1.register_forward_hook(lambda module, args, output: shapes.append(output.shape))
         logits(quantize_activations(vit, tiled()), batch("vit")[0])
         assert shapes == [(4, 17, 64)]
-        assert tiles_run == [(0, 2)] * 2
+        assert tiles_run == [[2, 2]] * 2
 
     def test_gradient_hooks_of_parameters_fire_once(self, vit, tiles_run):
         quantize_activations(vit, tiled())
@@ -385,7 +387,7 @@ class TestTiles:
         vit.vit.layers[0].mlp.fc1.bias.register_hook(lambda grad: seen.append(grad))
         gradients(vit)
         assert len(seen) == 1
-        assert tiles_run == [(0, 2)] * 2
+        assert tiles_run == [[2, 2]] * 3
 
     def test_live_batch_statistics_run_whole(self, tiles_run):
         resnet = build("resnet").train()
@@ -408,7 +410,7 @@ class TestTiles:
         quantize_activations(vit, tiled())
         torch.manual_seed(5)
         torch.testing.assert_close(logits(vit, images), expected)
-        assert {dim for dim, _ in tiles_run} <= {1} or not tiles_run
+        assert not tiles_run
 
     def test_stochastic_depth_draws_the_stock_numbers(self, tiles_run):
         swin = tune_biases(build("swin"))
@@ -418,19 +420,10 @@ class TestTiles:
         quantize_activations(swin, tiled())
         torch.manual_seed(5)
         torch.testing.assert_close(logits(swin, images), expected)
-        assert (0, 2) in tiles_run
+        assert [2, 2] in tiles_run
 
 
 class TestOverwriting:
-    def test_activation_functions_whose_input_nobody_else_reads_may_overwrite_it(self, vit):
-        assert wrap._producers(vit) == {layer.mlp.activation_fn: layer.mlp.fc1 for layer in vit.vit.layers}
-        quantize_activations(vit)
-        logits(vit, batch("vit")[0])
-        assert vit.vit.layers[0].mlp.activation_fn._activation_settings.operators.overwrites
-        quantize_activations(vit, reference())
-        logits(vit, batch("vit")[0])
-        assert not vit.vit.layers[0].mlp.activation_fn._activation_settings.operators.overwrites
-
     def test_inputs_that_are_read_again_are_left_alone(self):
         class Gate(nn.Module):
             def __init__(self):
@@ -444,23 +437,7 @@ class TestOverwriting:
         torch.manual_seed(0)
         gate, x = Gate(), torch.randn(3, 8)
         expected = gate(x)
-        assert not wrap._producers(gate)
         torch.testing.assert_close(quantize_activations(gate)(x), expected)
-
-    def test_functions_called_twice_and_untraceable_modules_are_left_alone(self):
-        class Twice(nn.Module):
-            def __init__(self, traceable=True):
-                super().__init__()
-                self.fc, self.act, self.traceable = nn.Linear(8, 8), nn.GELU(), traceable
-
-            def forward(self, x):
-                if not self.traceable and x.sum() > 0:
-                    return x
-                x = self.act(self.fc(x))
-                return self.act(x) if self.traceable else x
-
-        assert not wrap._producers(Twice())
-        assert not wrap._producers(Twice(traceable=False))
 
     def test_hooks_on_the_layer_see_its_own_output(self, vit):
         images, _ = batch("vit")

@@ -1,0 +1,313 @@
+"""Which plan a call runs: found, made, or refused with a reason."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import _get_current_function_mode_stack, _len_torch_function_stack
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_flatten
+
+from .graph import simplify, split
+from .independence import Dependent
+from .run import Plan
+from .tiles import TiledPlan, batched_arguments, sizes_of, tiled_plan, tiles_for, working_set
+from .trace import Joint, Untraceable, trace
+from .watch import Observation, Watch, is_observed_globally
+
+
+logger = logging.getLogger(__name__)
+_PLANS_PER_MODULE = 8  # of other shapes: beyond, the module runs without a plan
+_OBSERVATIONS = 3  # that may set up attributes
+_DISCARDED = object()
+_lock = threading.RLock()
+
+
+@dataclass
+class Entry:
+    """What is known of modules of one kind, called with arguments of one kind.
+
+    Attributes:
+        signature: equal for these modules.
+        read: names of the attributes that their code reads.
+        globals: (namespace, name, value) of the globals that it reads.
+        plan: None until it is made; a text where it cannot be made, the reason.
+        joint: the recorded call.
+        at_once: bytes that it has in use at once beside its arguments and results.
+        tiled: {number of tiles: plan}.
+        whole: why it does not run in tiles.
+    """
+
+    signature: Any
+    read: set[str]
+    globals: list[tuple[dict[str, Any], str, Any]]
+    plan: Plan | str | None = None
+    joint: Joint | None = None
+    at_once: int = 0
+    tiled: dict[int, TiledPlan] = field(default_factory=dict)
+    whole: str | None = None
+
+    def holds(self) -> bool:
+        return all(names.get(name) is value for names, name, value in self.globals)
+
+
+class Store:
+    """The plans of a model: modules that compute the same share them."""
+
+    def __init__(self) -> None:
+        self.entries: dict[Any, list[Entry]] = {}
+
+    def __deepcopy__(self, memo: dict) -> "Store":
+        return Store()
+
+    def __reduce__(self):
+        return Store, ()
+
+
+class Planner:
+    """Runs one module by plans.
+
+    A plan is used while everything holds that it was made for: the arguments' kinds, torch's settings, and the state of
+    the module and of all modules in it. Otherwise the module runs whole, under its operator mode, and `reason` says why.
+
+    Args:
+        store: shared by the modules of a model.
+        settings: what else decides about the recorded operators; compared by equality.
+        room: bytes to work in, given the first argument.
+        tiles: how many tiles to run in; None: as many as the room asks for.
+        is_harmless: whether a hook may be ignored.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        settings: Any,
+        is_harmless: Callable[[Any], bool],
+        room: Callable[[Tensor], float],
+        tiles: int | None,
+    ) -> None:
+        self.store, self.settings, self.is_harmless, self.room, self.tiles = store, settings, is_harmless, room, tiles
+        self.reason: str | None = None
+        self._unsettled = 0
+        self._forget()
+
+    def _forget(self) -> None:
+        self._watch: Watch | None = None
+        self._entries: dict[Any, Entry] = {}
+        self._chosen: dict[Any, Plan | TiledPlan] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_watch": None, "_entries": {}, "_chosen": {}}
+
+    def run(self, module: nn.Module, whole: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        """``whole(*args, **kwargs)``, the module's forward pass under its operator mode, by a plan where there may be one."""
+        try:
+            if reason := _unfit():
+                raise Untraceable(reason)
+            leaves: list[Any] = []
+            key = (_describe(args, leaves), _describe(kwargs, leaves), _ambient())
+            watch = self._watched(module)
+            entry = self._entries.get(key)
+            if entry is not None and entry.holds() and (plan := self._chosen.get(key)) is not None:
+                return plan(leaves, watch.tensors)
+            if entry is None or not entry.holds():
+                if not any(isinstance(x, Tensor) and x.requires_grad for x in (*leaves, *watch.tensors)):
+                    return whole(*args, **kwargs)
+                entry = self._find(module, key)
+                if entry is None:
+                    entry, result = self._observe(module, whole, args, kwargs, leaves, key)
+                    if result is not _DISCARDED:
+                        return result
+            if entry.plan is None:
+                self._make(entry, whole, args, kwargs, leaves)
+            if isinstance(entry.plan, str):
+                raise Untraceable(entry.plan)
+            plan = self._chosen[key] = self._choose(entry, whole, args, kwargs, leaves)
+        except Untraceable as error:
+            return self._refuse(module, str(error), whole, args, kwargs)
+        self.reason = entry.whole and f"in one piece, because {entry.whole}"
+        return plan(leaves, watch.tensors)
+
+    def _watched(self, module: nn.Module) -> Watch:
+        if self._unsettled > _OBSERVATIONS:
+            raise Untraceable("it changes attributes of its modules while it runs")
+        if self._watch is None or not self._watch.holds():
+            self._forget()
+            self._watch = Watch(module, self.is_harmless)
+        return self._watch
+
+    def _find(self, module: nn.Module, key: Any) -> Entry | None:
+        """What is known from this module or another of its kind."""
+        for entry in self.store.entries.get((type(module), key), ()):
+            if entry.holds() and entry.signature == (self.settings, self._watch.signature(entry.read)):
+                self._entries[key] = entry
+                return entry
+        if len(self._entries) >= _PLANS_PER_MODULE:
+            raise Untraceable(f"it is called with more than {_PLANS_PER_MODULE} kinds of arguments")
+        return None
+
+    def _observe(
+        self, module: nn.Module, whole: Callable[..., Any], args: tuple, kwargs: dict, leaves: Sequence[Any], key: Any
+    ) -> tuple[Entry | None, Any]:
+        """Run the module without a plan, to see whether its code does anything that a recording would miss.
+
+        Nothing is recorded that fills a cache, sets up an attribute or writes to a list of somebody's. Where the run left
+        nothing behind its result is discarded, and random generators are set back: so the first call computes what later
+        calls do.
+        """
+        watch = self._watch
+        tensors = [x for x in (*leaves, *watch.tensors) if isinstance(x, Tensor)]
+        versions = [x._version for x in tensors if not x.is_inference()]
+        devices = list({x.device for x in tensors if x.device.type == "cuda"})
+        random = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
+        # what this run keeps is of no interest to the hooks of others
+        with _disable_current_modes(), saved_tensors_hooks(_itself, _itself), Observation() as observation:
+            result = whole(*args, **kwargs)
+        if not watch.holds():
+            self._unsettled += 1
+            return None, result
+        names = observation.names()
+        entry = Entry((self.settings, watch.signature(names)), names, [])
+        self._entries[key] = entry
+        self.store.entries.setdefault((type(module), key), []).append(entry)
+        after: list[Any] = []
+        _describe(args, after), _describe(kwargs, after)
+        try:
+            entry.globals = observation.globals()
+            if len(after) != len(leaves) or any(one is not other for one, other in zip(after, leaves)):
+                raise Untraceable("it changes a list or dict among its arguments")
+        except Untraceable as error:
+            entry.plan = str(error)
+            return entry, result
+        if [x._version for x in tensors if not x.is_inference()] != versions:
+            return entry, result
+        for state, restore in zip(random, [torch.set_rng_state, *(partial(_set_rng_state, d) for d in devices)]):
+            restore(state)
+        return entry, _DISCARDED
+
+    def _make(self, entry: Entry, whole: Callable[..., Any], args: tuple, kwargs: dict, leaves: Sequence[Any]) -> None:
+        with _lock:
+            if entry.plan is not None:
+                return
+            start = time.perf_counter()
+            flat, spec = tree_flatten((args, kwargs))
+            try:
+                if len(flat) != len(leaves) or any(one is not other for one, other in zip(flat, leaves)):
+                    raise Untraceable("its arguments are of types that cannot be told apart")
+                joint = self._recorded(whole, flat, spec)
+                halves = split(joint)
+                entry.plan, entry.joint = Plan.of(joint, halves), joint
+                entry.at_once = max(working_set(halves.forward), working_set(halves.backward))
+            except Untraceable as error:
+                entry.plan = str(error)
+            except Exception as error:  # ours, and no reason to stop a training run: the module runs as it is
+                entry.plan = f"no plan could be made of the recording ({type(error).__name__}: {error})"
+            logger.debug("Recorded a plan in %.2f s.", time.perf_counter() - start)
+
+    def _recorded(self, whole: Callable[..., Any], flat: Sequence[Any], spec: Any, sizes: Sequence[Any] = ()) -> Joint:
+        joint = trace(whole, flat, spec, self._watch.tensors, sizes)
+        if not self._watch.holds():
+            raise Untraceable("it changes attributes of its modules while it runs")
+        simplify(joint)
+        return joint
+
+    def _choose(
+        self, entry: Entry, whole: Callable[..., Any], args: tuple, kwargs: dict, leaves: Sequence[Any]
+    ) -> Plan | TiledPlan:
+        """The plan for this module's share of the memory: whole, or in tiles where that is proved to be the same."""
+        x = leaves[entry.joint.arguments[0]]
+        gradients = sum(
+            self._watch.tensors[i].nbytes for i in entry.joint.slots if self._watch.tensors[i].requires_grad
+        )
+        tiles = tiles_for(entry.at_once, self.room(x)) if self.tiles is None else self.tiles
+        if x.dim() < 2 or gradients > x.nbytes:  # which are added up tile after tile
+            return entry.plan
+        tiles = min(tiles, x.shape[0])
+        if tiles < 2 or entry.whole is not None:
+            return entry.plan
+        with _lock:
+            if tiles not in entry.tiled:
+                flat, spec = tree_flatten((args, kwargs))
+                held = {
+                    entry.joint.arguments[entry.joint.inputs.index(node)] for node in batched_arguments(entry.joint)
+                }
+
+                def record(size: int) -> Joint:
+                    sizes = [(size, *leaf.shape[1:]) if i in held else None for i, leaf in enumerate(flat)]
+                    return self._recorded(whole, flat, spec, sizes)
+
+                try:
+                    entry.tiled[tiles] = tiled_plan(entry.joint, sizes_of(x.shape[0], tiles), record)
+                except (Dependent, Untraceable) as error:
+                    entry.whole = str(error)
+                    return entry.plan
+                except Exception as error:  # as above
+                    entry.whole = f"no tiles could be made of the recording ({type(error).__name__}: {error})"
+                    return entry.plan
+            return entry.tiled[tiles]
+
+    def _refuse(self, module: nn.Module, reason: str, whole: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        if reason != self.reason:
+            self.reason = reason
+            logger.info("%s runs without a plan: %s.", type(module).__name__, reason)
+        return whole(*args, **kwargs)
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
+
+
+def _set_rng_state(device: torch.device, state: Tensor) -> None:
+    torch.cuda.set_rng_state(state, device)
+
+
+def _describe(x: Any, leaves: list[Any]) -> Any:
+    """What a plan depends on of an argument, for comparison; adds its leaves, in the order of pytrees."""
+    kind = type(x)
+    if kind in (tuple, list, torch.Size):
+        return kind, tuple([_describe(item, leaves) for item in x])
+    if kind is dict:
+        return tuple([(name, _describe(item, leaves)) for name, item in x.items()])
+    leaves.append(x)
+    if isinstance(x, Tensor):
+        return x.shape, x.stride(), x.dtype, x.device, x.requires_grad, x.is_leaf
+    if x is None or kind in (bool, int, float, str, torch.dtype, torch.device):
+        return kind, x
+    raise Untraceable(f"an argument is a {kind.__name__}")
+
+
+def _ambient() -> tuple:
+    """What of torch's own settings decides about operators."""
+    cuda = torch.backends.cuda
+    return (
+        torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"),
+        torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda"),
+        torch.get_default_dtype(),
+        torch.are_deterministic_algorithms_enabled(),
+        cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled(),
+    )  # fmt: skip
+
+
+def _unfit() -> str | None:
+    """Why no plan may be used now, whatever the module; None if one may."""
+    if is_observed_globally():
+        return "hooks on all modules look inside"
+    if _len_torch_function_stack() and _foreign_function_mode():
+        return "a function mode of somebody else is in force"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "it runs under a transform of torch.func"
+    if forward_ad._current_level >= 0:
+        return "it runs under forward-mode differentiation"
+    return None
+
+
+def _foreign_function_mode() -> bool:
+    return any(not getattr(mode, "is_replaced_by_plans", False) for mode in _get_current_function_mode_stack())

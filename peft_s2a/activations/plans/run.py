@@ -1,0 +1,104 @@
+"""Running a plan: one autograd function for a module's whole forward and backward pass."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_unflatten
+
+from .codegen import compile_graph
+from .graph import Halves
+from .trace import TENSOR, Joint
+
+
+# The recorded operators are what autograd, autocast and the like have made of the call already.
+BELOW = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
+
+
+@dataclass(eq=False)
+class Plan:
+    """The compiled passes of a call, and how its arguments and results go with them."""
+
+    forward: Callable[[list[Tensor | None]], tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]
+    backward: Callable[[list[Tensor | None]], tuple[Tensor | None, ...]]
+    saved: list[int | None]
+    kept_by: list[tuple[str, bool, int] | None]
+    tangents: list[tuple[tuple[int, ...], tuple[int, ...]]]  # shape and strides
+    arguments: list[int]
+    slots: list[int]
+    wanted: list[int]
+    outputs: list[Any]
+    output_spec: Any
+    differentiable: list[int]
+
+    @classmethod
+    def of(cls, joint: Joint, halves: Halves) -> "Plan":
+        return cls(
+            forward=compile_graph(halves.forward),
+            backward=compile_graph(halves.backward),
+            saved=halves.saved,
+            kept_by=halves.kept_by,
+            tangents=[(tuple(t.shape), t.stride()) for t in halves.tangents],
+            arguments=joint.arguments,
+            slots=joint.slots,
+            wanted=joint.wanted,
+            outputs=joint.outputs,
+            output_spec=joint.output_spec,
+            differentiable=joint.differentiable,
+        )
+
+    def inputs(self, leaves: Sequence[Any], tensors: Sequence[Tensor]) -> list[Tensor]:
+        """What the forward pass reads, of a call's leaves and a module's tensors."""
+        return [leaves[i] for i in self.arguments] + [tensors[i] for i in self.slots]
+
+    def __call__(self, leaves: Sequence[Any], tensors: Sequence[Tensor]) -> Any:
+        inputs = self.inputs(leaves, tensors)
+        with torch._C.DisableTorchFunction():
+            results = _Run.apply(self, inputs, *[inputs[i] for i in self.wanted])
+        results = iter(results)
+        return tree_unflatten([next(results) if x is TENSOR else x for x in self.outputs], self.output_spec)
+
+
+class _Run(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, plan: Plan, inputs: list[Tensor | None], *wanted: Tensor):
+        ctx.plan, ctx.kept_by = plan, plan.kept_by
+        given = [None if i is None else inputs[i] for i in plan.saved]
+        with torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(BELOW):
+            results, kept = plan.forward(inputs)
+        kept = iter(kept)
+        ctx.save_for_backward(*(next(kept) if i is None else x for i, x in zip(plan.saved, given)))
+        if len(plan.differentiable) < len(results):
+            ctx.mark_non_differentiable(*(r for i, r in enumerate(results) if i not in plan.differentiable))
+        return results
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        refuse_double_backward()
+        plan = ctx.plan
+        inputs = list(ctx.saved_tensors)
+        ctx.maybe_clear_saved_tensors()
+        for i, like in zip(plan.differentiable, plan.tangents):
+            inputs.append(laid_out(grads[i], *like))
+        del grads
+        with torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(BELOW):
+            return (None, None, *plan.backward(inputs))
+
+
+def refuse_double_backward() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "double backward (create_graph=True) through quantised activations is not supported: their derivatives "
+            "are kept as codes; use restore_activations(model) before taking higher-order gradients"
+        )
+
+
+def laid_out(grad: Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
+    """``grad`` with the strides that the backward pass was recorded with."""
+    if grad.stride() == strides:
+        return grad
+    return torch.empty_strided(shape, strides, dtype=grad.dtype, device=grad.device).copy_(grad)

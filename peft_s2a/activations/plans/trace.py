@@ -1,0 +1,278 @@
+"""Recording what one call of a module computes, forward and backward, as a graph of aten and ``s2a`` operators.
+
+The call runs once on fake tensors (shapes and no values) under `make_fx`, with `torch.autograd.grad` behind it. The two
+halves are split where the forward pass ended, so what they hand over is what autograd would have kept.
+"""
+
+import re
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+
+aten = torch.ops.aten
+TENSOR = object()  # stands for a tensor in the flattened result of a call
+
+
+_state = threading.local()
+
+
+def is_recording() -> bool:
+    """Whether the calling thread is recording a call."""
+    return getattr(_state, "recording", False)
+
+
+class Untraceable(Exception):
+    """Why a call cannot be recorded, in words that go after "because"."""
+
+
+@dataclass
+class Joint:
+    """A recorded call.
+
+    Attributes:
+        graph: placeholders for ``arguments`` and ``slots``, then for the gradients of the ``differentiable`` results; its
+            output is (results, gradients, of ``wanted``; None for those that do not depend on it).
+        arguments: positions of the tensors among the leaves of the call's arguments.
+        slots: positions, among the module's tensors, of those that the call reads.
+        wanted: indices into ``arguments + slots`` of what gets a gradient.
+        outputs: leaves of the result, `TENSOR` where a tensor goes.
+        output_spec: how they are put together.
+        differentiable: indices of the results (tensors only) that have a gradient.
+        inputs: the placeholders of arguments and slots.
+        tangents: the placeholders of the gradients.
+        has_values: whether the tensors of the call are real, not fake.
+        draws: placeholders of random numbers, if the caller draws them.
+    """
+
+    graph: fx.Graph
+    arguments: list[int]
+    slots: list[int]
+    wanted: list[int]
+    outputs: list[Any]
+    output_spec: Any
+    differentiable: list[int]
+    inputs: list[fx.Node]
+    tangents: list[fx.Node]
+    has_values: bool
+    draws: list[fx.Node] = field(default_factory=list)
+
+
+def fake_mode_of(tensors: Sequence[Any]) -> FakeTensorMode | None:
+    """The mode of the fake tensors among ``tensors``, if there are any."""
+    return next((t.fake_mode for t in tensors if isinstance(t, FakeTensor)), None)
+
+
+def trace(
+    function: Callable[..., Any],
+    leaves: Sequence[Any],
+    spec: Any,
+    tensors: Sequence[Tensor],
+    sizes: Sequence[Sequence[int] | None] = (),
+) -> Joint:
+    """Record ``function`` called with the arguments that ``leaves`` and ``spec`` (pytree) make.
+
+    Args:
+        tensors: the parameters and buffers that ``function`` may read; any other trained tensor is refused.
+        sizes: for every leaf, another shape to record it with, or None for its own.
+
+    Raises:
+        Untraceable: if the call asks for values, changes its arguments, keeps a tensor somewhere, or reads one that is
+            none of its own.
+    """
+    positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    if not positions:
+        raise Untraceable("none of its arguments is a tensor")
+    index_of = {id(t): i for i, t in enumerate(tensors)}
+    mode = fake_mode_of([*leaves, *tensors]) or FakeTensorMode(allow_non_fake_inputs=True)
+    shapes = {i: (sizes[i] if sizes and sizes[i] is not None else leaves[i].shape) for i in positions}
+    with _disable_current_modes(), mode:
+        fakes = [_like(leaves[i], shapes[i]) for i in positions]
+    trained = [i for i, t in enumerate(tensors) if t.requires_grad]
+    record: dict[str, Any] = {}
+
+    def joint(*arguments: Tensor) -> list[Tensor | None]:
+        entered = list(leaves)
+        for i, x in zip(positions, arguments):
+            # operators tell parameters from activations by whether they are leaves
+            entered[i] = x.view_as(x) if x.requires_grad and not leaves[i].is_leaf else x
+        args, kwargs = tree_unflatten(entered, spec)
+        results, record["spec"] = tree_flatten(function(*args, **kwargs))
+        after, _ = tree_flatten((args, kwargs))
+        if len(after) != len(entered) or any(one is not other for one, other in zip(after, entered)):
+            raise Untraceable("it changes a list or dict among its arguments")
+        record["outputs"] = [TENSOR if isinstance(r, Tensor) else r for r in results]
+        results = [r for r in results if isinstance(r, Tensor)]
+        record["tracer"] = get_proxy_mode().tracer
+        nodes = record["tracer"].graph.nodes
+        _mark(nodes, "forward")
+        record["differentiable"] = [i for i, r in enumerate(results) if r.requires_grad]
+        through = [results[i] for i in record["differentiable"]]
+        tangents = [torch.empty_like(r) for r in through]
+        _mark(nodes, "tangent")
+        inputs = [x for x in arguments if x.requires_grad] + [tensors[i] for i in trained]
+        grads = [None] * len(inputs)
+        if through and inputs:
+            grads = torch.autograd.grad(through, inputs, tangents, allow_unused=True)
+        _mark(nodes, "backward")
+        return [*results, *grads]
+
+    # small constants are computed with while they are recorded: counters of batches would count this run
+    counters = [(t, t._version, t.detach().clone()) for t in tensors if not t.is_floating_point() and t.numel() == 1]
+    _state.recording = True
+    try:
+        with (
+            _disable_current_modes(),
+            mode,
+            torch.enable_grad(),
+            saved_tensors_hooks(_as_it_is, partial(_note, record)),
+        ):
+            module = make_fx(joint, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes)
+    except Untraceable:
+        raise
+    except Exception as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise Untraceable(f"it cannot be recorded ({type(error).__name__}: {first_line[:200]})") from error
+    finally:
+        _state.recording = False
+        for counter, version, before in counters:
+            if counter._version != version:
+                counter.copy_(before)
+    alive = [t for t in record["tracer"].tensor_tracker if not any(t is f for f in fakes)]
+    if alive:
+        raise Untraceable("it keeps a tensor beyond the call")
+    record["mode"], record["has_values"] = mode, fake_mode_of([*leaves, *tensors]) is None
+    return _joint_graph(
+        module, record, positions, [i for i, x in enumerate(fakes) if x.requires_grad], trained, index_of
+    )
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
+def _note(record: dict[str, Any], x: Tensor) -> Tensor:
+    """Write down for which node of the autograd graph a tensor was kept."""
+    tracked, node = record["tracer"].tensor_tracker.get(x), torch._C._current_autograd_node()
+    if tracked is not None and node is not None:
+        tracked.proxy.node.meta["kept_by"] = (*operator_name(node), node._sequence_nr())
+    return x
+
+
+def operator_name(node: Any) -> tuple[str, bool]:
+    """The operator of a node of the autograd graph, as in "native_layer_norm", and whether it is this package's."""
+    name = node.name()
+    function = getattr(type(node), "_forward_cls", None)  # the torch.autograd.Function of a node written in Python
+    ours = name.startswith("GeneratedBackwardFor_s2a_") or (function.__module__ if function else "").startswith(
+        "peft_s2a"
+    )
+    name = re.sub(
+        r"^GeneratedBackwardFor_([a-z0-9]+)_(.+)_default(Backward)?$", r"\1::\2", name
+    )  # torch.library operators
+    name = re.sub(r"Backward\d*$", "", name)
+    if "::" not in name:
+        name = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z0-9])(?=[A-Z][a-z])", "_", name).lower().lstrip("_")
+    return (f"s2a::{name}" if ours and "::" not in name else name), ours
+
+
+def _like(x: Tensor, shape: Sequence[int]) -> Tensor:
+    if x.layout != torch.strided or type(x) not in (Tensor, torch.nn.Parameter, FakeTensor):
+        raise Untraceable(f"an argument is a {type(x).__name__} of layout {x.layout}")
+    strides = x.stride() if tuple(shape) == tuple(x.shape) else _strides_like(x, shape)
+    fake = torch.empty_strided(tuple(shape), strides, dtype=x.dtype, device=x.device)
+    return fake.requires_grad_(x.requires_grad)
+
+
+def _strides_like(x: Tensor, shape: Sequence[int]) -> list[int]:
+    """Strides of a dense tensor of another shape whose dimensions lie in memory in the order of ``x``'s."""
+    order = sorted(range(x.dim()), key=lambda d: (x.stride(d), -d))
+    strides, step = [0] * x.dim(), 1
+    for d in order:
+        strides[d] = step
+        step *= shape[d]
+    return strides
+
+
+def _mark(nodes: Any, phase: str) -> None:
+    for node in reversed(nodes):
+        if "phase" in node.meta:
+            return
+        node.meta["phase"] = phase
+
+
+def _joint_graph(
+    module: fx.GraphModule,
+    record: dict[str, Any],
+    positions: list[int],
+    wanted_arguments: list[int],
+    trained: list[int],
+    index_of: dict[int, int],
+) -> Joint:
+    graph = module.graph
+    arguments = [node for node in graph.nodes if node.op == "placeholder"]
+    slot_nodes: dict[int, fx.Node] = {}
+    tangents = []
+    for node in list(graph.nodes):
+        if node.op == "get_attr":
+            tensor = getattr(module, node.target)
+            index = index_of.get(id(tensor))
+            if index is None:
+                if tensor.requires_grad:
+                    raise Untraceable("it reads a trained tensor that is neither an argument nor a parameter of it")
+                node.meta["constant"], node.meta["val"] = (
+                    tensor,
+                    _fake_of(tensor, record["mode"]),
+                )  # a literal, or a table that a library caches
+                continue
+            if index not in slot_nodes:
+                with graph.inserting_after(arguments[-1]):
+                    slot_nodes[index] = graph.placeholder(f"slot_{index}")
+                slot_nodes[index].meta["val"] = _fake_of(tensor, record["mode"])
+            node.replace_all_uses_with(slot_nodes[index])
+            graph.erase_node(node)
+        elif node.meta.get("phase") == "tangent" and node.op == "call_function":
+            tangents.append(node)
+    for number, node in enumerate(tangents):
+        with graph.inserting_before(node):
+            tangents[number] = graph.placeholder(f"tangent_{number}")
+        tangents[number].meta = dict(node.meta)
+        node.replace_all_uses_with(tangents[number])
+        graph.erase_node(node)
+    output = graph.output_node()
+    values = list(output.args[0])
+    count = sum(leaf is TENSOR for leaf in record["outputs"])
+    slots = sorted(slot_nodes)
+    grads_arguments = values[count : count + len(wanted_arguments)]
+    grads_trained = dict(zip(trained, values[count + len(wanted_arguments) :]))
+    wanted, grads = list(wanted_arguments), list(grads_arguments)
+    for order, slot in enumerate(slots):
+        if slot in grads_trained:
+            wanted.append(len(positions) + order)
+            grads.append(grads_trained[slot])
+    output.args = (tuple(values[:count]), tuple(grads))
+    return Joint(
+        graph=graph,
+        arguments=positions,
+        slots=slots,
+        wanted=wanted,
+        outputs=record["outputs"],
+        output_spec=record["spec"],
+        differentiable=record["differentiable"],
+        inputs=[*arguments, *(slot_nodes[slot] for slot in slots)],
+        tangents=tangents,
+        has_values=record["has_values"],
+    )
+
+
+def _fake_of(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
+    return tensor if isinstance(tensor, FakeTensor) else mode.from_tensor(tensor)

@@ -1,0 +1,360 @@
+"""Noticing that a module is no longer what a plan was made for.
+
+A recorded call knows tensors and nothing else. What Python decided while it was recorded (flags, hooks, which modules,
+which parameters are trained) is written down here and compared before every use of the plan; what cannot be watched is
+refused, and so is code that leaves anything behind. A `Watch` costs some tens of microseconds a call.
+"""
+
+import dis
+import enum
+import functools
+import operator
+import random
+import sys
+import types
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from .trace import Untraceable
+
+
+_PLAIN = (
+    type(None),
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    torch.dtype,
+    torch.device,
+    torch.Size,
+    torch.memory_format,
+)
+_CODE = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType, types.MethodDescriptorType)
+# Libraries whose code keeps nothing outside of the modules it runs in.
+_TRUSTED = (
+    "torch", "transformers", "peft", "timm", "diffusers", "torchvision", "accelerate", "numpy", "peft_s2a", "sympy", "mpmath",
+    "typing_extensions", "einops",
+)  # fmt: skip
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_OWN = {
+    *_HOOKS, "training", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_is_full_backward_hook",
+    "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs", "_state_dict_hooks",
+    "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks", "_activation_settings",
+    "_compiled_call_impl",
+}  # fmt: skip
+_GLOBAL_HOOKS = tuple(
+    getattr(torch_module, name)
+    for name in (
+        "_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks",
+    )
+)  # fmt: skip
+
+
+def is_observed_globally() -> bool:
+    """Whether hooks that somebody put on all modules would see what happens inside."""
+    return any(_GLOBAL_HOOKS)
+
+
+def _is_trusted(module_name: str | None) -> bool:
+    root = (module_name or "").partition(".")[0]
+    return root in _TRUSTED or root in sys.stdlib_module_names
+
+
+class Watch:
+    """The Python state of a module and of everything in it, as it was when this was made.
+
+    Attributes:
+        tensors: the parameters and buffers, each once.
+
+    Raises:
+        Untraceable: (when made) if a hook of somebody else looks inside, or something is held that cannot be watched.
+    """
+
+    def __init__(self, root: nn.Module, is_harmless: Callable[[Any], bool]) -> None:
+        self.modules = list(root.modules())
+        self._is_harmless = is_harmless
+        self._sized: list[Any] = []
+        self._holders: list[dict[str, Any]] = []
+        self._names: list[str] = []
+        self._containers: list[tuple[Any, Any]] = []
+        self._plain: list[tuple[Callable[[dict], Any], dict, Any]] = []
+        self._seen: set[int] = set()
+        children: list[Any] = []
+        slots: dict[int, tuple[dict[str, Any], str]] = {}
+        for module in self.modules:
+            state = module.__dict__
+            self._sized.append(state)
+            for hooks in () if module is root else _HOOKS:
+                self._check_hooks(module, state[hooks])
+            self._sized += [state[hooks] for hooks in _HOOKS if module is not root]
+            self._sized += [state["_modules"], state["_parameters"], state["_buffers"]]
+            for name, child in state["_modules"].items():
+                self._holders.append(state["_modules"])
+                self._names.append(name)
+                children.append(child)
+            for kind in ("_parameters", "_buffers"):
+                for name, tensor in state[kind].items():
+                    if tensor is not None:
+                        slots.setdefault(id(tensor), (state[kind], name))
+                        self._check_tensor(tensor)
+            self._watch_attributes(module, state)
+        self._children = children
+        self._slots = list(slots.values())
+        self.tensors = self._read()
+        self._lengths = list(map(len, self._sized))
+        self._types = list(map(type, self.modules))
+        self._training = [module.training for module in self.modules]
+        self._hook_lists = [
+            (state, tuple(state)) for state in self._sized if state and type(state).__name__ == "OrderedDict"
+        ]
+        self._forwards = [(kind, kind.forward) for kind in dict.fromkeys(self._types)]
+        for kind in dict.fromkeys(base for own in self._types for base in own.__mro__):
+            if not _is_trusted(kind.__module__):
+                self._containers.append((vars(kind), _copy(vars(kind))))
+                for name, thing in vars(kind).items():
+                    if isinstance(thing, (list, dict, set)) and not name.startswith("__"):
+                        self._watch(thing, f"{kind.__name__}.{name}", 1)
+        self._likes = _likes(self.tensors)
+
+    def _read(self) -> list[Tensor]:
+        return [holder[name] for holder, name in self._slots]
+
+    def _check_hooks(self, module: nn.Module, hooks: dict[int, Any]) -> None:
+        for hook in hooks.values():
+            if not self._is_harmless(hook):
+                raise Untraceable(f"a hook looks into its {type(module).__name__}")
+
+    def _check_tensor(self, tensor: Tensor) -> None:
+        if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer) and not _is_fake(tensor):
+            raise Untraceable(f"it holds a {type(tensor).__name__}")
+
+    def _watch_attributes(self, module: nn.Module, state: dict[str, Any]) -> None:
+        names = [name for name in state if name not in _OWN]
+        plain = [name for name in names if type(state[name]) in _PLAIN or isinstance(state[name], (*_CODE, enum.Enum))]
+        if "forward" in names:
+            raise Untraceable(f"the forward method of its {type(module).__name__} was replaced")
+        if plain:
+            getter = operator.itemgetter(*plain)
+            self._plain.append((getter, state, getter(state)))
+        for name in names:
+            if name not in plain:
+                self._plain.append((operator.itemgetter(name), state, _Same(state[name])))
+                self._watch(state[name], f"{type(module).__name__}.{name}", 0)
+
+    def _watch(self, thing: Any, where: str, depth: int) -> None:
+        """Write down what ``thing``, which may change in place, holds."""
+        if type(thing) in _PLAIN or isinstance(thing, (*_CODE, enum.Enum, nn.Module)) or id(thing) in self._seen:
+            return
+        self._seen.add(id(thing))
+        if isinstance(thing, types.MethodType):
+            return self._watch(thing.__self__, where, depth)
+        if isinstance(thing, functools.partial):
+            return self._watch([thing.func, *thing.args, *thing.keywords.values()], where, depth)
+        if isinstance(thing, Tensor):
+            raise Untraceable(f"it holds a tensor that is no parameter or buffer, as {where}")
+        if depth > 4:
+            raise Untraceable(f"what it holds as {where} is nested too deeply to be watched")
+        if isinstance(thing, (list, tuple, dict, set, frozenset)):
+            inside = [*thing.keys(), *thing.values()] if isinstance(thing, dict) else list(thing)
+            if not isinstance(thing, (tuple, frozenset)):
+                self._containers.append((thing, _copy(thing)))
+        elif type(thing).__module__ == "_thread" or _is_trusted(type(thing).__module__):
+            # configurations and the like of libraries: what they hold themselves
+            inside = list(getattr(thing, "__dict__", {}).values())
+            if hasattr(thing, "__dict__"):
+                self._containers.append((thing.__dict__, _copy(thing.__dict__)))
+            inside = [x for x in inside if isinstance(x, (list, dict, set))]
+        elif hasattr(thing, "__dict__") and not hasattr(type(thing), "__slots__"):
+            inside = list(vars(thing).values())
+            self._containers.append((vars(thing), _copy(vars(thing))))
+        else:
+            raise Untraceable(f"it holds a {type(thing).__name__} as {where}, whose changes cannot be noticed")
+        for item in inside:
+            self._watch(item, where, depth + 1)
+
+    def holds(self) -> bool:
+        """Whether everything is as it was."""
+        if list(map(len, self._sized)) != self._lengths or list(map(type, self.modules)) != self._types:
+            return False
+        if not all(map(operator.is_, map(operator.getitem, self._holders, self._names), self._children)):
+            return False
+        if [module.training for module in self.modules] != self._training:
+            return False
+        for getter, state, expected in self._plain:
+            if expected != getter(state):
+                return False
+        for container, before in self._containers:
+            if not _equal(container, before):
+                return False
+        for hooks, keys in self._hook_lists:
+            if tuple(hooks) != keys:
+                return False
+        for kind, forward in self._forwards:
+            if kind.forward is not forward:
+                return False
+        self.tensors = self._read()
+        return _likes(self.tensors) == self._likes
+
+    def signature(self, read: set[str]) -> Any:
+        """Equal for modules that compute the same with their own parameters, as far as attributes called as in ``read``
+        decide about it."""
+        place = {id(module): index for index, module in enumerate(self.modules)}
+
+        def relative(x: Any, depth: int = 0) -> Any:
+            if isinstance(x, nn.Module):
+                return place.get(id(x), type(x))
+            if isinstance(x, types.MethodType):
+                return x.__func__, relative(x.__self__)
+            if isinstance(x, functools.partial):
+                return x.func, relative(list(x.args)), relative(x.keywords)
+            if isinstance(x, dict):
+                return tuple((relative(k), relative(v, depth + 1)) for k, v in x.items())
+            if isinstance(x, (list, tuple, set, frozenset)):
+                return type(x), tuple(relative(i, depth + 1) for i in x)
+            if type(x) in _PLAIN or isinstance(x, _CODE):
+                return type(x), x
+            return _Same(x)
+
+        number = {id(tensor): index for index, tensor in enumerate(self.tensors)}
+        described = []
+        for module in self.modules:
+            state = module.__dict__
+            hooks = [] if module is self.modules[0] else [relative(list(state[hooks].values())) for hooks in _HOOKS]
+            described.append(
+                (
+                    type(module),
+                    module.training,
+                    hooks,
+                    list(state["_modules"]),
+                    [
+                        (name, number.get(id(t)))
+                        for kind in ("_parameters", "_buffers")
+                        for name, t in state[kind].items()
+                    ],
+                    [(name, relative(x)) for name, x in state.items() if name not in _OWN and name in read],
+                )
+            )
+        return described, self._likes
+
+
+def _is_fake(tensor: Tensor) -> bool:
+    from torch._subclasses.fake_tensor import is_fake
+
+    return is_fake(tensor)
+
+
+def _likes(tensors: Iterable[Tensor]) -> list[Any]:
+    return [(t.requires_grad, t.dtype, t.device, t.shape, t.stride()) for t in tensors]
+
+
+class _Same:
+    """Equal to the very same object only."""
+
+    def __init__(self, thing: Any) -> None:
+        self.thing = thing
+
+    def __eq__(self, other: Any) -> bool:
+        return self.thing is (other.thing if isinstance(other, _Same) else other)
+
+    __hash__ = None
+
+
+_MAPPINGS = (dict, types.MappingProxyType)
+
+
+def _copy(container: Any) -> Any:
+    return dict(container) if isinstance(container, _MAPPINGS) else list(container)
+
+
+def _equal(container: Any, before: Any) -> bool:
+    """Whether a container holds the same (plain values: equal) things in the same order."""
+    if len(container) != len(before):
+        return False
+    if isinstance(container, _MAPPINGS):
+        if list(container) != list(before):
+            return False
+        pairs = zip(container.values(), before.values())
+    else:
+        pairs = zip(container, before)
+    return all(a is b or (type(a) is type(b) and type(a) in _PLAIN and a == b) for a, b in pairs)
+
+
+class Observation:
+    """What Python code ran, while this was entered, and whether it did anything that a recording would miss.
+
+    Libraries' own code is trusted to keep its state in modules, which `Watch` compares. Other code must not assign
+    globals or variables of enclosing functions, nor read any that may change without notice.
+    """
+
+    def __enter__(self) -> "Observation":
+        self._frames: dict[types.CodeType, types.FrameType] = {}
+        self._random = random.getstate()
+        self._numpy = _numpy_state()
+        self._outer = sys.getprofile()
+        self._seen: set[types.CodeType] = set()
+        seen, found = self._seen, self._frames
+
+        def note(frame: types.FrameType, event: str, argument: Any) -> None:
+            if event == "call" and (code := frame.f_code) not in seen:
+                seen.add(code)
+                if not _is_trusted(frame.f_globals.get("__name__")):
+                    found[code] = (frame.f_globals, {name: frame.f_locals.get(name) for name in code.co_freevars})
+
+        sys.setprofile(note)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        sys.setprofile(self._outer)
+
+    def names(self) -> set[str]:
+        """All names of attributes, and strings, in the code that ran."""
+        named = {name for code in self._seen for name in code.co_names}
+        return named | {const for code in self._seen for const in code.co_consts if isinstance(const, str)}
+
+    def globals(self) -> list[tuple[dict[str, Any], str, Any]]:
+        """Globals that the code read, and their values, for a later comparison.
+
+        Raises:
+            Untraceable: if something was done that a recording would miss.
+        """
+        if random.getstate() != self._random or _numpy_state() != self._numpy:
+            raise Untraceable("it draws random numbers from Python or NumPy")
+        read = []
+        for code, (names, closure) in self._frames.items():
+            for instruction in dis.get_instructions(code):
+                operation, name = instruction.opname, instruction.argval
+                if operation in ("STORE_GLOBAL", "DELETE_GLOBAL") or (
+                    operation == "STORE_DEREF" and name in code.co_freevars
+                ):
+                    raise Untraceable(f"its code assigns {name!r}, which outlives the call")
+                if operation in ("LOAD_GLOBAL", "LOAD_NAME") and name in names:
+                    if not _is_settled(names[name]):
+                        raise Untraceable(f"its code reads the global {name!r}, which may change without notice")
+                    read.append((names, name, names[name]))
+            for name, held in closure.items():
+                if name != "__class__" and not isinstance(held, (*_CODE, nn.Module)):
+                    raise Untraceable(f"its code reads {name!r} of an enclosing function")
+        return read
+
+
+def _is_settled(x: Any) -> bool:
+    """Whether a value cannot change in place (or is code)."""
+    if type(x) in _PLAIN or isinstance(x, (*_CODE, enum.Enum)):
+        return True
+    if isinstance(x, (tuple, frozenset)):
+        return all(map(_is_settled, x))
+    return type(x).__module__ in ("logging", "torch._ops", "typing") or isinstance(x, functools._lru_cache_wrapper)
+
+
+def _numpy_state() -> Any:
+    numpy = sys.modules.get("numpy")
+    if numpy is None:
+        return None
+    kind, keys, *rest = numpy.random.get_state()
+    return kind, keys.tobytes(), rest

@@ -1,0 +1,693 @@
+"""Plans compute what the function mode computes, bit for bit, and are used only while what they were made for holds."""
+
+import copy
+import logging
+import random
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+from families import FAMILIES, batch, build, logits
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from peft_s2a import ActivationQuantizationConfig, S2AConfig, quantize_activations, restore_activations
+from peft_s2a.activations.plans.run import Plan
+from peft_s2a.activations.plans.tiles import TiledPlan
+from peft_s2a.activations.wrap import unplanned
+
+
+WIDTH = 16
+
+
+class Block(nn.Module):
+    """A residual MLP, which every case below changes a little."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.fc1, self.act, self.fc2 = nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x):
+        return x + self.mlp(x)
+
+    def mlp(self, x):
+        return self.fc2(self.act(self.fc1(self.norm(x))))
+
+
+def network(block=Block, depth=2, train="bias"):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(block() for _ in range(depth)))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = train in name
+    return model.train()
+
+
+def settings(model):
+    return [m._activation_settings for m in model.modules() if getattr(m, "_activation_settings", None) is not None]
+
+
+def planners(model):
+    return [s.planner for s in settings(model) if s.planner is not None]
+
+
+def plans(model):
+    return [plan for planner in planners(model) for plan in planner._chosen.values()]
+
+
+def without_plans(model):
+    for s in settings(model):
+        s.planner = None
+    return model
+
+
+def results(model, *args, seed=0, **kwargs):
+    """Output and gradients of a step."""
+    torch.manual_seed(seed)
+    model.zero_grad()
+    output = model(*args, **kwargs)
+    output.square().sum().backward()
+    return output.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_equal(one, other, exactly=True):
+    assert one[1].keys() == other[1].keys()
+    compare = torch.equal if exactly else lambda a, b: torch.testing.assert_close(b, a) is None
+    assert compare(one[0], other[0])
+    for name, gradient in one[1].items():
+        assert compare(gradient, other[1][name]), name
+
+
+def rows(count=6, seed=1, **options):
+    return torch.randn(count, 5, WIDTH, generator=torch.Generator().manual_seed(seed), **options)
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Counts the calls that run by a plan, and those that run in tiles."""
+    counts = Counter()
+    for kind in (Plan, TiledPlan):
+        run = kind.__call__
+
+        def spy(plan, *args, kind=kind, run=run):
+            counts[kind] += 1
+            return run(plan, *args)
+
+        monkeypatch.setattr(kind, "__call__", spy)
+    return counts
+
+
+# Their gradients arrive in another memory layout than their results have, which sums round differently.
+ROUNDED = {"siglip", "resnet", "convnext", "hiera", "timm_vit", "timm_resnet", "timm_convnext", "plain_transformer"}
+
+
+@pytest.mark.parametrize("how", ["s2a", "full"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_plans_are_the_function_mode_bit_for_bit(family, how):
+    torch.manual_seed(0)
+    model = build(family)
+    if how == "s2a":
+        model = get_peft_model(model, S2AConfig(init_weights=False))
+    else:
+        quantize_activations(model)
+    model.train()
+    images, labels = batch(family)
+
+    def step(model):
+        torch.manual_seed(0)
+        model.zero_grad()
+        output = logits(model, images)
+        F.cross_entropy(output, labels).backward()
+        return output.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    weights = copy.deepcopy(model.state_dict())
+    twin = without_plans(copy.deepcopy(model))
+    for _ in range(2):
+        expected, actual = step(twin), step(model)
+        assert torch.equal(actual[0], expected[0])
+        assert actual[1].keys() == expected[1].keys()
+        for name, gradient in expected[1].items():
+            if family in ROUNDED:
+                assert (actual[1][name] - gradient).norm() <= 3e-6 * gradient.norm() + 1e-12, name
+            else:
+                assert torch.equal(actual[1][name], gradient), name
+    if family != "plain_cnn":  # has no block that is repeated
+        assert plans(model)
+    changed = [k for k, v in model.state_dict().items() if not torch.equal(v, weights[k]) and "running" not in k]
+    assert all("num_batches" in name for name in changed)
+
+
+def test_blocks_that_compute_the_same_share_a_plan():
+    model = quantize_activations(network(depth=5))
+    results(model, rows())
+    first, *others = plans(model)
+    assert len(others) == 4
+    assert len(set(map(id, others))) == 1 and first is not others[0]  # whose input needs no gradient
+
+
+def test_settings_by_module_are_not_shared():
+    model = quantize_activations(network(depth=3), {"bits": {"2.act": 2, "default": 4}})
+    results(model, rows())
+    assert len(set(map(id, plans(model)))) == 3
+
+
+class Calls(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.counts[function.overloadpacket.__name__] += 1
+        return function(*args, **(kwargs or {}))
+
+
+class TestCosts:
+    """Counts, which no machine's speed can change."""
+
+    def steps(self, model):
+        images, labels = batch("vit")
+
+        def step():
+            F.cross_entropy(logits(model, images), labels).backward()
+
+        for _ in range(3):
+            step()
+        return step
+
+    def per_block(self, make, count):
+        counts = []
+        for depth in (2, 4):
+            torch.manual_seed(0)
+            model = make(depth)
+            counts.append(count(self.steps(model)))
+        return (counts[1] - counts[0]) / 2
+
+    def vit(self, depth):
+        from transformers import ViTConfig, ViTForImageClassification
+
+        config = ViTConfig(
+            hidden_size=32, num_hidden_layers=depth, num_attention_heads=4, intermediate_size=64, image_size=32,
+            patch_size=8, num_labels=5,
+        )  # fmt: skip
+        return ViTForImageClassification(config)
+
+    def s2a(self, depth):
+        return get_peft_model(self.vit(depth), S2AConfig()).train()
+
+    def lora(self, depth):
+        config = LoraConfig(r=8, target_modules=["q_proj", "v_proj"], modules_to_save=["classifier"])
+        return get_peft_model(self.vit(depth), config).train()
+
+    def operators(self, step):
+        with Calls() as calls:
+            step()
+        return sum(calls.counts.values())
+
+    def functions(self, step):
+        import sys
+
+        entered = 0
+
+        def note(frame, event, argument):
+            nonlocal entered
+            entered += event == "call"
+
+        with torch.autograd.set_multithreading_enabled(False):
+            sys.setprofile(note)
+            try:
+                step()
+            finally:
+                sys.setprofile(None)
+        return entered
+
+    def test_operators_dispatched_for_a_block(self):
+        assert self.per_block(self.s2a, self.operators) <= 200  # LoRA: 141
+
+    def test_python_functions_entered_for_a_block(self):
+        assert self.per_block(self.s2a, self.functions) <= 800  # by the function mode: 1,580
+
+    def test_nothing_waits_for_the_device(self):
+        step = self.steps(self.s2a(2))
+        with Calls() as calls:
+            step()
+        assert not {"_local_scalar_dense", "equal", "nonzero", "is_nonzero"} & calls.counts.keys()
+
+
+class TestKept:
+    def kept(self, model, x):
+        own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+        found = {}
+
+        def pack(t):
+            if t.untyped_storage().data_ptr() not in own:
+                found[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            model(x)
+        return sum(found.values())
+
+    @pytest.mark.parametrize("tiles", [1, 3])
+    def test_what_the_function_mode_keeps(self, tiles):
+        model = quantize_activations(network(), {"mlp_tiles": tiles})
+        results(model, rows())
+        twin = without_plans(copy.deepcopy(model))
+        assert self.kept(model, rows()) <= 1.05 * self.kept(twin, rows()) + 200 * tiles
+
+    def test_queries_that_attention_and_prompts_share_are_coded_once(self):
+        model = get_peft_model(build("vit"), S2AConfig(init_weights=False)).train()
+        results_of = logits(model, batch("vit")[0])
+        results_of.sum().backward()
+        with Calls() as calls:
+            logits(model, batch("vit")[0])
+        assert calls.counts["encode_heads"] == 3 * 2  # query, key and value of two layers
+
+
+# Every case is a block whose behaviour a recording or tiles could miss. Right is what stock computes.
+
+
+class BatchMean(Block):
+    def forward(self, x):
+        h = self.mlp(x)
+        return x + h + 0.004 * h.mean(0, keepdim=True)
+
+
+class BatchMeanOfMany(Block):
+    def forward(self, x):
+        h = self.mlp(x)
+        return x + h - (h.mean(0, keepdim=True) if x.shape[0] > 2 else 0)
+
+
+class Flip(Block):
+    def forward(self, x):
+        return x + self.mlp(x).flip(0)
+
+
+class CumulativeSum(Block):
+    def forward(self, x):
+        return x + self.mlp(x).cumsum(0)
+
+
+class Roll(Block):
+    def forward(self, x):
+        return x + self.mlp(torch.roll(x, 1, 0))
+
+
+class Count(Block):
+    def forward(self, x):
+        return x + self.mlp(x) * x.shape[0]
+
+
+class Ranks(Block):
+    def forward(self, x):
+        return x + self.mlp(x) * torch.arange(x.shape[0])[:, None, None]
+
+
+class OpeningGate(Block):
+    """Mixes samples through a gate that is zero at first."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate_bias = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        return x + self.mlp(x) + self.gate_bias * x.mean(0, keepdim=True)
+
+
+class Recurrent(Block):
+    """[time, batch, channels]"""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.GRU(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return x + self.mlp(self.rnn(x)[0])
+
+
+class Attending(Block):
+    """[tokens, batch, channels]"""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(WIDTH, 2)
+
+    def forward(self, x):
+        return x + self.mlp(self.attention(x, x, x, need_weights=False)[0])
+
+
+class LiveBatchNorm(Block):
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm1d(5)
+
+    def forward(self, x):
+        return x + self.mlp(self.bn(x))
+
+
+class SamplePairs(Block):
+    def forward(self, x):
+        return x + self.mlp(x.reshape(x.shape[0] // 2, -1, WIDTH)).reshape(x.shape)
+
+
+class Capacity(Block):
+    """A mixture of experts that drops what exceeds a capacity."""
+
+    def forward(self, x):
+        h = self.mlp(x)
+        best = torch.topk(h.flatten(0, 1)[:, 0], 4)[0][-1]
+        return x + h * (h[..., :1] >= best)
+
+
+MIXING = [
+    BatchMean, BatchMeanOfMany, Flip, CumulativeSum, Roll, Count, Ranks, OpeningGate, Recurrent, Attending, LiveBatchNorm,
+    SamplePairs, Capacity,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", MIXING)
+def test_modules_that_mix_samples_are_not_tiled(kind, runs):
+    stock = network(kind)
+    quantized = quantize_activations(copy.deepcopy(stock), {"bits": 8, "mlp_tiles": 3})
+    for step in range(3):
+        x = rows(seed=step)
+        with torch.no_grad():
+            for model in (stock, quantized):
+                for name, p in model.named_parameters():
+                    if "gate_bias" in name:
+                        p.fill_(0.5 * step)
+        expected, actual = results(stock, x), results(quantized, x)
+        torch.testing.assert_close(actual[0], expected[0], rtol=1e-4, atol=1e-5)
+        for name, gradient in expected[1].items():
+            if gradient.norm() > 1e-4:  # a normalised batch cancels what a bias before it adds
+                assert (actual[1][name] - gradient).norm() < 0.06 * gradient.norm() + 1e-4, name
+    assert not runs[TiledPlan]
+    assert all("in one piece" in reason or reason for reason in unplanned(quantized).values())
+    assert len(unplanned(quantized)) == 2
+    for one, other in zip(stock.buffers(), quantized.buffers()):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 7])
+def test_tiles_compute_what_the_whole_does(count, runs):
+    x = rows(7)
+    whole = results(quantize_activations(network(), {"bits": 8, "mlp_tiles": 1}), x)
+    tiled = results(quantize_activations(network(), {"bits": 8, "mlp_tiles": count}), x)
+    assert runs[TiledPlan] == 2
+    torch.testing.assert_close(tiled[0], whole[0])
+    for name, gradient in whole[1].items():
+        assert (tiled[1][name] - gradient).norm() < 0.02 * gradient.norm() + 1e-5, name
+
+
+class NotesItsOutput(Block):
+    def forward(self, x):
+        h = self.mlp(x)
+        self.noted = h.detach().mean()
+        return x + h
+
+
+class AddsToAList(Block):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, x):
+        self.seen.append(x.shape[0])
+        return x + self.mlp(x)
+
+
+SEEN = []
+
+
+class AddsToAGlobal(Block):
+    def forward(self, x):
+        SEEN.append(x.shape[0])
+        return x + self.mlp(x)
+
+
+class CountsCalls(Block):
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return x + self.mlp(x)
+
+
+class DrawsFromPython(Block):
+    def forward(self, x):
+        return x if random.random() < 0.5 else x + self.mlp(x)
+
+
+class ChangesItsInput(Block):
+    def forward(self, x):
+        x += 1
+        return x + self.mlp(x)
+
+
+class LooksAtValues(Block):
+    def forward(self, x):
+        return x + self.mlp(x) if x.sum() > 0 else x
+
+
+class KeepsItsHidden(Block):
+    def forward(self, x):
+        self.hidden = self.fc1(self.norm(x))
+        return x + self.fc2(self.act(self.hidden))
+
+
+REFUSED = [
+    NotesItsOutput, AddsToAList, AddsToAGlobal, CountsCalls, DrawsFromPython, ChangesItsInput, LooksAtValues,
+    KeepsItsHidden,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_side_effects_and_values_that_decide_keep_a_module_from_plans(kind, runs):
+    stock, quantized = network(kind), quantize_activations(network(kind), {"bits": 8, "mlp_tiles": 3})
+    for step in range(5):
+        outcomes = []
+        for model in (stock, quantized):
+            SEEN.clear()
+            random.seed(step)
+            x = rows(seed=step, requires_grad=True) * 1.0
+            output, gradients = results(model, x)
+            noted = [
+                {k: v for k, v in vars(block).items() if k in ("noted", "seen", "calls", "hidden")} for block in model
+            ]
+            outcomes.append((output, gradients, noted, list(SEEN), x.detach(), random.random()))
+        (expected, expected_gradients, *expected_rest), (actual, gradients, *rest) = outcomes
+        torch.testing.assert_close(actual, expected)
+        torch.testing.assert_close(rest, expected_rest)
+        for name, gradient in expected_gradients.items():
+            assert (gradients[name] - gradient).norm() < 0.05 * gradient.norm() + 1e-5, name
+    assert not runs
+    assert set(unplanned(quantized)) == {"0", "1"}
+
+
+def compare_with_stock(stock, quantized, x, **kwargs):
+    expected, actual = results(stock, x, **kwargs), results(quantized, x, **kwargs)
+    torch.testing.assert_close(actual[0], expected[0], rtol=1e-4, atol=1e-5)
+    assert actual[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        assert (actual[1][name] - gradient).norm() < 0.05 * gradient.norm() + 1e-5, name
+
+
+class Flagged(Block):
+    def __init__(self):
+        super().__init__()
+        self.flag, self.options = False, {"scale": 1.0}
+
+    def forward(self, x):
+        h = self.mlp(x) * self.options["scale"]
+        if self.flag:
+            h = h + h.mean(0, keepdim=True)
+        return x + h if self.training else x - h
+
+
+class TestWhatHeldNoLongerDoes:
+    @pytest.fixture
+    def pair(self):
+        stock = network(Flagged)
+        quantized = quantize_activations(copy.deepcopy(stock), {"bits": 8, "mlp_tiles": 2})
+        for step in range(2):
+            compare_with_stock(stock, quantized, rows(seed=step))
+        return stock, quantized
+
+    def change(self, pair, change):
+        for model in pair:
+            change(model)
+        for step in range(2):
+            compare_with_stock(*pair, rows(seed=step))
+
+    def test_a_flag(self, pair):
+        self.change(pair, lambda model: setattr(model[0], "flag", True))
+
+    def test_a_dict(self, pair):
+        self.change(pair, lambda model: model[0].options.update(scale=3.0))
+
+    def test_train_and_eval(self, pair):
+        self.change(pair, lambda model: model.eval())
+        self.change(pair, lambda model: model.train())
+
+    def test_what_is_trained(self, pair):
+        self.change(pair, lambda model: model[0].fc1.weight.requires_grad_(True))
+        self.change(pair, lambda model: model[1].requires_grad_(False))
+
+    def test_a_submodule(self, pair):
+        self.change(pair, lambda model: setattr(model[0], "act", nn.ReLU()))
+
+    def test_a_replaced_parameter(self, pair):
+        torch.manual_seed(3)
+        bias = nn.Parameter(torch.randn(2 * WIDTH))
+        self.change(pair, lambda model: setattr(model[0].fc1, "bias", copy.deepcopy(bias)))
+
+    def test_data_of_a_parameter(self, pair):
+        torch.manual_seed(4)
+        data = torch.randn(2 * WIDTH, WIDTH) / 3
+        self.change(pair, lambda model: setattr(model[0].fc1.weight, "data", data.clone()))
+
+    def test_dtype(self, pair):
+        for model in pair:
+            model.double()
+        compare_with_stock(*pair, rows().double())
+
+    def test_autocast(self, pair):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            expected, actual = (model(rows()) for model in pair)
+        assert actual.dtype == expected.dtype
+        torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
+        compare_with_stock(*pair, rows())
+
+    def test_a_hook_inside(self, pair, runs):
+        seen = []
+
+        def hook(module, args, output):
+            seen.append(output.clone())
+            return output * 2
+
+        self.change(pair, lambda model: model[0].fc1.register_forward_hook(hook))
+        assert len(seen) == 4
+        assert seen[0].shape == (6, 5, 2 * WIDTH)
+        for stock, quantized in zip(seen[::2], seen[1::2]):
+            torch.testing.assert_close(quantized, stock)
+
+    def test_a_global_hook(self, pair):
+        shapes = []
+        handle = nn.modules.module.register_module_forward_hook(
+            lambda m, a, o: shapes.append((type(m).__mro__, o.shape))
+        )
+        try:
+            pair[1](rows())
+        finally:
+            handle.remove()
+        assert [shape for kinds, shape in shapes if nn.Linear in kinds] == [(6, 5, 2 * WIDTH), (6, 5, WIDTH)] * 2
+
+    def test_a_patched_forward(self, pair):
+        self.change(pair, lambda model: setattr(model[0].act, "forward", lambda x: x.sin()))
+
+    def test_a_function_mode_of_the_user(self, pair):
+        from torch.overrides import TorchFunctionMode
+
+        class Doubling(TorchFunctionMode):
+            def __torch_function__(self, function, types, args=(), kwargs=None):
+                result = function(*args, **(kwargs or {}))
+                return result * 2 if function is F.gelu else result
+
+        with Doubling():
+            expected, actual = (model(rows()) for model in pair)
+        torch.testing.assert_close(actual, expected)
+
+    def test_adapters(self):
+        images, _ = batch("vit")
+        model = get_peft_model(build("vit"), S2AConfig(init_weights=False)).train()
+        reference = copy.deepcopy(model)
+        restore_activations(reference)
+
+        def check():
+            for _ in range(2):
+                torch.testing.assert_close(logits(model, images), logits(reference, images))
+
+        check()
+        for one in (model, reference):
+            torch.manual_seed(1)
+            one.add_adapter("other", S2AConfig(structures=("bias",), init_weights=False))
+        restore_activations(reference)
+        check()
+        for change in (
+            lambda m: m.set_adapter("other"),
+            lambda m: m.base_model.disable_adapter_layers(),
+            lambda m: m.base_model.enable_adapter_layers(),
+            lambda m: m.base_model.merge_adapter(),
+            lambda m: m.base_model.unmerge_adapter(),
+            lambda m: m.set_adapter("default"),
+            lambda m: m.delete_adapter("other"),
+        ):
+            change(model), change(reference)
+            check()
+
+
+class TestBounds:
+    def test_changing_batch_sizes_record_each_once(self, monkeypatch):
+        from peft_s2a.activations.plans import planner
+
+        recorded = []
+        trace = planner.trace
+        monkeypatch.setattr(planner, "trace", lambda *args: recorded.append(1) or trace(*args))
+        model = quantize_activations(network(depth=3))
+        for _ in range(3):
+            for count in (6, 6, 6, 4):  # the last batch is smaller
+                results(model, rows(count))
+        assert len(recorded) == 2 * 2  # of the first block, whose input needs no gradient, and of the others
+
+    def test_beyond_some_shapes_modules_run_without_plans(self):
+        stock, quantized = network(), quantize_activations(network(), {"bits": 8})
+        for _ in range(2):
+            for count in range(2, 14):
+                compare_with_stock(stock, quantized, rows(count))
+        for planner in planners(quantized):
+            assert len(planner._chosen) <= 8
+        assert all("kinds of arguments" in reason for reason in unplanned(quantized).values())
+
+    def test_deepcopies_have_plans_of_their_own(self):
+        model = quantize_activations(network())
+        results(model, rows())
+        twin = copy.deepcopy(model)
+        with torch.no_grad():
+            twin[0].fc1.weight.mul_(2)
+        assert not torch.equal(twin(rows()), model(rows()))
+        restored = restore_activations(copy.deepcopy(twin))
+        torch.testing.assert_close(twin(rows()), restored(rows()))
+
+
+def test_fallbacks_are_listed_and_logged_once(caplog):
+    model = quantize_activations(network(LooksAtValues))
+    with caplog.at_level(logging.INFO, logger="peft_s2a"):
+        for _ in range(3):
+            results(model, rows())
+    assert len([record for record in caplog.records if "without a plan" in record.message]) == 2
+    assert set(unplanned(model)) == {"0", "1"}
+    assert not unplanned(restore_activations(model))
+
+
+def test_double_backward_is_refused():
+    model = quantize_activations(network())
+    for tiles in (1, 2):
+        quantize_activations(model, ActivationQuantizationConfig(mlp_tiles=tiles))
+        x = rows(requires_grad=True)
+        (gradient,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=False)
+        assert gradient.shape == x.shape
+        with pytest.raises(RuntimeError, match="restore_activations"):
+            torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("tiles", [1, 2])
+def test_a_graph_that_is_retained_can_be_used_again(tiles):
+    model = quantize_activations(network(), {"mlp_tiles": tiles})
+    x = rows(requires_grad=True)
+    y = model(x).square().sum()
+    first = torch.autograd.grad(y, x, retain_graph=True)[0]
+    assert torch.equal(torch.autograd.grad(y, x)[0], first)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(y, x)
