@@ -61,9 +61,21 @@ def _new_quantized(stock: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
+_STOCK: dict[type[nn.Module], type[nn.Module]] = {}  # by quantised class
+
+
 def _stock_class(module: nn.Module) -> type[nn.Module]:
     """The class a module has when its activations are not quantised."""
-    return type(module).__mro__[2] if isinstance(module, _Quantized) else type(module)
+    return _without_quantized(type(module))
+
+
+@functools.cache
+def _without_quantized(cls: type[nn.Module]) -> type[nn.Module]:
+    """``cls``, or if others derived it from a quantised class (as parametrisations and FSDP do), its like without."""
+    if cls in _STOCK or not issubclass(cls, _Quantized):
+        return _STOCK.get(cls, cls)
+    own = {name: thing for name, thing in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    return type(cls)(cls.__name__, tuple(map(_without_quantized, cls.__bases__)), own)
 
 
 @functools.cache
@@ -82,7 +94,9 @@ def _quantized_class(stock: type[nn.Module]) -> type[nn.Module]:
         return settings.planner.run(self, whole, args, kwargs)
 
     names = {name: getattr(stock, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(stock.__name__, (_Quantized, stock), {"forward": forward, **names})
+    quantized = type(stock.__name__, (_Quantized, stock), {"forward": forward, **names})
+    _STOCK[quantized] = stock
+    return quantized
 
 
 def _is_frozen(parameter: nn.Parameter | None) -> bool:
@@ -122,7 +136,8 @@ def quantize_activations(
         if module in later:
             settings, room = _settings_inside(config, name, module), _Room(later[module])
             planner = Planner(store, settings, _is_harmless, room, _tiles(config))
-        module.__class__ = _quantized_class(_stock_class(module))
+        if not isinstance(module, _Quantized):
+            module.__class__ = _quantized_class(type(module))
         module._activation_settings = _Settings(OperatorMode(config, name), planner)
     return model
 

@@ -193,7 +193,7 @@ def _fold_constants(graph: fx.Graph) -> None:
     position = {node: i for i, node in enumerate(graph.nodes)}
     constant: set[fx.Node] = set()
     for node in graph.nodes:
-        if node.op == "get_attr" or (
+        if (node.op == "get_attr" and node.meta["literal"]) or (
             node.op == "call_function" and not is_random(node) and constant.issuperset(node.all_input_nodes)
         ):
             constant.add(node)
@@ -219,7 +219,12 @@ def _fold_constants(graph: fx.Graph) -> None:
     for node in frontier:
         with graph.inserting_before(node):
             folded = graph.get_attr("constant")
-        folded.meta = {"val": value(node), "constant": computed[node], "phase": node.meta.get("phase")}
+        folded.meta = {
+            "val": value(node),
+            "constant": computed[node],
+            "literal": True,
+            "phase": node.meta.get("phase"),
+        }
         node.replace_all_uses_with(folded, lambda user: user not in constant)
     for node in reversed(list(graph.nodes)):
         if node in constant and not node.users:

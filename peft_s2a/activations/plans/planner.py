@@ -56,7 +56,10 @@ class Entry:
     whole: str | None = None
 
     def holds(self) -> bool:
-        return all(names.get(name) is value for names, name, value in self.globals)
+        foreign = () if self.joint is None else self.joint.foreign
+        return all(names.get(name) is value for names, name, value in self.globals) and not any(
+            tensor.requires_grad for tensor in foreign
+        )
 
 
 class Store:
@@ -216,6 +219,8 @@ class Planner:
         joint = trace(whole, flat, spec, self._watch.tensors, sizes)
         if not self._watch.holds():
             raise Untraceable("it changes attributes of its modules while it runs")
+        if joint.foreign and self._watch.reaches_outside:
+            raise Untraceable("it reads a tensor of a module outside of it")
         simplify(joint)
         return joint
 

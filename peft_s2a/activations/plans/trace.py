@@ -52,6 +52,7 @@ class Joint:
         inputs: the placeholders of arguments and slots.
         tangents: the placeholders of the gradients.
         has_values: whether the tensors of the call are real, not fake.
+        foreign: tensors that the call reads and that are neither arguments nor the module's.
         draws: placeholders of random numbers, if the caller draws them.
     """
 
@@ -65,6 +66,7 @@ class Joint:
     inputs: list[fx.Node]
     tangents: list[fx.Node]
     has_values: bool
+    foreign: list[Tensor]
     draws: list[fx.Node] = field(default_factory=list)
 
 
@@ -83,7 +85,7 @@ def trace(
     """Record ``function`` called with the arguments that ``leaves`` and ``spec`` (pytree) make.
 
     Args:
-        tensors: the parameters and buffers that ``function`` may read; any other trained tensor is refused.
+        tensors: the parameters and buffers that ``function`` may read; parameters of others are refused.
         sizes: for every leaf, another shape to record it with, or None for its own.
 
     Raises:
@@ -221,18 +223,19 @@ def _joint_graph(
     graph = module.graph
     arguments = [node for node in graph.nodes if node.op == "placeholder"]
     slot_nodes: dict[int, fx.Node] = {}
-    tangents = []
+    tangents, foreign = [], []
     for node in list(graph.nodes):
         if node.op == "get_attr":
             tensor = getattr(module, node.target)
             index = index_of.get(id(tensor))
             if index is None:
-                if tensor.requires_grad:
-                    raise Untraceable("it reads a trained tensor that is neither an argument nor a parameter of it")
-                node.meta["constant"], node.meta["val"] = (
-                    tensor,
-                    _fake_of(tensor, record["mode"]),
-                )  # a literal, or a table that a library caches
+                if isinstance(tensor, torch.nn.Parameter) or tensor.requires_grad:
+                    raise Untraceable("it reads a parameter that is neither an argument nor its own")
+                node.meta["constant"], node.meta["val"] = tensor, _fake_of(tensor, record["mode"])
+                # a number that its code wrote down, or else a tensor of somebody's, such as a table that a library caches
+                node.meta["literal"] = all(user.target in _FRESH for user in node.users)
+                if not node.meta["literal"]:
+                    foreign.append(tensor)
                 continue
             if index not in slot_nodes:
                 with graph.inserting_after(arguments[-1]):
@@ -271,7 +274,11 @@ def _joint_graph(
         inputs=[*arguments, *(slot_nodes[slot] for slot in slots)],
         tangents=tangents,
         has_values=record["has_values"],
+        foreign=foreign,
     )
+
+
+_FRESH = {aten.lift_fresh_copy.default, aten.lift_fresh.default}
 
 
 def _fake_of(tensor: Tensor, mode: FakeTensorMode) -> Tensor:

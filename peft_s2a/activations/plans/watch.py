@@ -71,6 +71,7 @@ class Watch:
 
     Attributes:
         tensors: the parameters and buffers, each once.
+        reaches_outside: whether an attribute that is no library's refers to a module outside.
 
     Raises:
         Untraceable: (when made) if a hook of somebody else looks inside, or something is held that cannot be watched.
@@ -85,6 +86,9 @@ class Watch:
         self._containers: list[tuple[Any, Any]] = []
         self._plain: list[tuple[Callable[[dict], Any], dict, Any]] = []
         self._seen: set[int] = set()
+        self._inside = set(map(id, self.modules))
+        self._holder_is_users = False
+        self.reaches_outside = False
         children: list[Any] = []
         slots: dict[int, tuple[dict[str, Any], str]] = {}
         for module in self.modules:
@@ -135,6 +139,7 @@ class Watch:
             raise Untraceable(f"it holds a {type(tensor).__name__}")
 
     def _watch_attributes(self, module: nn.Module, state: dict[str, Any]) -> None:
+        self._holder_is_users = not _is_trusted(type(module).__module__)
         names = [name for name in state if name not in _OWN]
         plain = [name for name in names if type(state[name]) in _PLAIN or isinstance(state[name], (*_CODE, enum.Enum))]
         if "forward" in names:
@@ -149,7 +154,10 @@ class Watch:
 
     def _watch(self, thing: Any, where: str, depth: int) -> None:
         """Write down what ``thing``, which may change in place, holds."""
-        if type(thing) in _PLAIN or isinstance(thing, (*_CODE, enum.Enum, nn.Module)) or id(thing) in self._seen:
+        if isinstance(thing, nn.Module):
+            self.reaches_outside |= self._holder_is_users and id(thing) not in self._inside
+            return
+        if type(thing) in _PLAIN or isinstance(thing, (*_CODE, enum.Enum)) or id(thing) in self._seen:
             return
         self._seen.add(id(thing))
         if isinstance(thing, types.MethodType):
