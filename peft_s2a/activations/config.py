@@ -9,6 +9,7 @@ from .codec import LARGEST_GROUP, WIDTHS
 from .functional import ROUNDINGS, Quantizer
 
 
+WIDE_HEAD = 32  # channels; attention with wider heads has smaller groups by default
 OPERATOR_KINDS = ("activation", "gated_activation", "norm", "softmax", "attention", "linear")
 
 
@@ -99,7 +100,7 @@ class ActivationQuantizationConfig:
             of_kind = {name.rpartition(":")[0]: width for name, width in bits.items() if name.endswith(f":{kind}")}
             bits = _by_module_name({**by_name, **of_kind}, module_name, bits.get(kind, bits.get("default", 4)))
         levels = _by_module_name(self.levels or {}, module_name) if kind == "activation" else None
-        is_wide = kind == "attention" and (channels is None or channels > 32)
+        is_wide = kind == "attention" and (channels is None or channels > WIDE_HEAD)
         return Quantizer(
             bits=bits,
             group_size=self.group_size or (16 if is_wide else 32),
@@ -107,6 +108,11 @@ class ActivationQuantizationConfig:
             levels=None if levels is None else tuple(levels),
             backend=self.backend,
         )
+
+    def quantizers(self, module_name: str) -> dict[str, Quantizer]:
+        """The settings of all kinds of operators in a module, and of "narrow_attention": heads of up to 32 channels."""
+        settings = {kind: self.quantizer(kind, module_name) for kind in OPERATOR_KINDS}
+        return {**settings, "narrow_attention": self.quantizer("attention", module_name, WIDE_HEAD)}
 
     def skips(self, module_name: str) -> bool:
         """Whether the module, or one that contains it, is named by ``skip_modules``."""

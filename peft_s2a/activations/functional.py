@@ -171,6 +171,8 @@ def activation(x: Tensor, name: str, *, quantizer: Quantizer, inplace: bool = Fa
     items = tuple(sorted(params.items()))
     stochastic = quantizer.rounding == "stochastic"
     table = code_table(name, items, quantizer.bits, quantizer.levels, x.dtype == torch.float64, stochastic)
+    if inplace and torch.compiler.is_compiling():  # whose autograd functions cannot change their input
+        return x.copy_(_Activation.apply(x, name, params, table, quantizer, False))
     return _Activation.apply(x, name, params, table, quantizer, inplace)
 
 

@@ -5,17 +5,19 @@ of other libraries and attention written inline alike, without a patch per model
 """
 
 import functools
+import operator
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode, _push_mode
 
 from . import functional, masks, products, shapes, structures
-from .config import ActivationQuantizationConfig
+from .config import WIDE_HEAD, ActivationQuantizationConfig
 from .functional import Quantizer
 
 
@@ -33,7 +35,7 @@ class OperatorMode(TorchFunctionMode):
         super().__init__()
         self.config = config
         self.module_name = module_name
-        self._quantizers: dict[tuple[str, int | None], Quantizer] = {}
+        self._quantizers = config.quantizers(module_name)
 
     def __reduce__(self):
         return OperatorMode, (self.config, self.module_name)
@@ -41,9 +43,6 @@ class OperatorMode(TorchFunctionMode):
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """``function(*args, **kwargs)`` under this mode in place of the surrounding module's: every mode in force costs time
         at every operator."""
-        if torch.compiler.is_compiling():
-            with self:
-                return function(*args, **kwargs)
         outer = _get_current_function_mode()
         replaces = isinstance(outer, OperatorMode)
         if replaces:
@@ -58,10 +57,8 @@ class OperatorMode(TorchFunctionMode):
 
     def quantizer(self, kind: str, channels: int | None = None) -> Quantizer:
         """The settings of operators of ``kind`` in this module; ``channels``: of an attention head, if known."""
-        settings = self._quantizers.get((kind, channels))
-        if settings is None:
-            settings = self._quantizers[kind, channels] = self.config.quantizer(kind, self.module_name, channels)
-        return settings
+        narrow = kind == "attention" and channels is not None and channels <= WIDE_HEAD
+        return self._quantizers["narrow_attention" if narrow else kind]
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         handler = _HANDLERS.get(func)
@@ -69,7 +66,11 @@ class OperatorMode(TorchFunctionMode):
             result = handler(self, *args, **(kwargs or {}))
             if result is not NotImplemented:
                 return result
-        if func in masks.FUNCTIONS and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            if func in _ARRAY_OPERATORS and any(isinstance(arg, np.ndarray) for arg in args):
+                return _ARRAY_OPERATORS[func](*args)
+            return func(*args, **(kwargs or {}))
+        if func in masks.FUNCTIONS and torch.is_grad_enabled():
             return masks.call(func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
 
@@ -83,6 +84,16 @@ def _left_to_stock(args: tuple, kwargs: dict[str, Any] | None) -> bool:
     return any(isinstance(x, Tensor) and x.is_complex() for x in args)
 
 
+# Under torch.compile function modes are offered numpy's arithmetic as well, as methods of tensors, which arrays lack.
+_ARRAY_OPERATORS = {
+    Tensor.neg: operator.neg,
+    Tensor.abs: operator.abs,
+    Tensor.add: operator.add,
+    Tensor.sub: operator.sub,
+    Tensor.mul: operator.mul,
+    Tensor.div: operator.truediv,
+    Tensor.pow: operator.pow,
+}
 _HANDLERS: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 
@@ -212,8 +223,9 @@ def _linear(mode, input, weight, bias=None):
         return shapes.frozen_linear(input, weight, bias)
     if mode.config.compress_linear_inputs:
         return functional.linear(input, weight, bias, quantizer=mode.quantizer("linear"))
-    if not torch.compiler.is_compiling() and input.untyped_storage().nbytes() > 2 * input.nbytes:
-        input = input.clone()  # a head reads one token: keep that, not all tokens it is a view of
+    # a head reads one token: keep that, not all tokens it is a view of, which a compiler does not tell
+    if input.dim() == 2 if torch.compiler.is_compiling() else input.untyped_storage().nbytes() > 2 * input.nbytes:
+        input = input.clone()
     return F.linear(input, weight, bias)
 
 

@@ -6,11 +6,16 @@ replaces them wherever a tuner's layer calls them inside a quantised module.
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
+from torch.overrides import _is_torch_function_mode_enabled, handle_torch_function, has_torch_function
 
 from .activation_functions import activation_function
 from .backends import reference
 from .functional import Quantizer, _encode_query, _recording, _refuse_double_backward
+
+
+def _is_overridden(tensors: tuple[Tensor, ...]) -> bool:
+    # torch.compile's has_torch_function knows of subclasses of tensors only, not of modes
+    return has_torch_function(tensors) or (torch.compiler.is_compiling() and _is_torch_function_mode_enabled())
 
 
 def add_prompt_attention(
@@ -30,7 +35,7 @@ def add_prompt_attention(
         Shape and dtype of `attended`.
     """
     tensors = (attended, query, key, value, gate)
-    if has_torch_function(tensors):
+    if _is_overridden(tensors):
         return handle_torch_function(
             add_prompt_attention, tensors, attended, query, key, value, gate, num_heads=num_heads
         )
@@ -50,13 +55,14 @@ def quantized_add_prompt_attention(
 
 def _gated(like: Tensor, key: Tensor, value: Tensor, gate: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
     """Keys and gated values, [num_heads, prompts, d] in the dtype of `like`."""
-    key, value = (tokens.unflatten(-1, (num_heads, -1)).transpose(0, 1) for tokens in (key, value))
+    key, value = (tokens.view(len(tokens), num_heads, -1).transpose(0, 1) for tokens in (key, value))
     return key.to(like.dtype), (value * gate.tanh()[:, None, None]).to(like.dtype)
 
 
 def _with_heads(x: Tensor, num_heads: int) -> Tensor:
     """[..., tokens, heads * d] as [samples, heads, tokens, d]."""
-    return x.reshape(-1, *x.shape[-2:]).unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    tokens, width = x.shape[-2:]
+    return x.reshape(-1, tokens, num_heads, width // num_heads).transpose(1, 2)
 
 
 def _scale(heads: Tensor) -> float:
@@ -109,7 +115,7 @@ def add_low_rank(base: Tensor, hidden: Tensor, up: Tensor, scaling: float, activ
         activation: f, a key of `ACTIVATION_FUNCTIONS`; None: the identity.
     """
     tensors = (base, hidden, up)
-    if has_torch_function(tensors):
+    if _is_overridden(tensors):
         return handle_torch_function(add_low_rank, tensors, base, hidden, up, scaling=scaling, activation=activation)
     if activation is not None:
         hidden = activation_function(activation).forward(hidden)

@@ -85,11 +85,17 @@ def _quantized_class(stock: type[nn.Module]) -> type[nn.Module]:
     @functools.wraps(stock.forward)
     def forward(self, *args, **kwargs):
         settings = self._activation_settings
-        if not torch.is_grad_enabled() or (is_linear and _is_frozen(self._parameters.get("weight"))):
+        if (
+            not torch.is_grad_enabled()
+            or _is_exporting()
+            or (is_linear and _is_frozen(self._parameters.get("weight")))
+        ):
             return stock.forward(self, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            return settings.operators.run(stock.forward, self, *args, **kwargs)
 
         whole = functools.partial(settings.operators.run, stock.forward, self)
-        if settings.planner is None or torch.compiler.is_compiling() or is_recording():
+        if settings.planner is None or is_recording():
             return whole(*args, **kwargs)
         return settings.planner.run(self, whole, args, kwargs)
 
@@ -97,6 +103,11 @@ def _quantized_class(stock: type[nn.Module]) -> type[nn.Module]:
     quantized = type(stock.__name__, (_Quantized, stock), {"forward": forward, **names})
     _STOCK[quantized] = stock
     return quantized
+
+
+def _is_exporting() -> bool:
+    """Whether the model is being written down for use elsewhere, where it keeps nothing for backward."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 def _is_frozen(parameter: nn.Parameter | None) -> bool:

@@ -205,7 +205,7 @@ def resample(state: torch.Tensor, positions: torch.Size) -> torch.Tensor:
     if old_grid is None or new_grid is None:
         mean = state.flatten(1, -2).mean(1)
         return mean.reshape(len(mean), *[1] * len(positions), -1).expand(-1, *positions, -1)
-    image = state.unflatten(1, old_grid) if state.dim() == 3 else state
+    image = state.reshape(len(state), *old_grid, -1) if state.dim() == 3 else state
     pooled = F.adaptive_avg_pool2d(image.movedim(-1, 1), new_grid).movedim(1, -1)
     return pooled.reshape(len(state), *positions, state.shape[-1])
 
@@ -213,5 +213,5 @@ def resample(state: torch.Tensor, positions: torch.Size) -> torch.Tensor:
 def _grid(positions: torch.Size) -> tuple[int, int] | None:
     if len(positions) == 2:
         return positions[0], positions[1]
-    side = math.isqrt(positions.numel())
-    return (side, side) if len(positions) == 1 and side * side == positions.numel() else None
+    side = math.isqrt(math.prod(positions))
+    return (side, side) if len(positions) == 1 and side * side == math.prod(positions) else None

@@ -137,6 +137,9 @@ class AttachedLayer(S2ALayer):
         # In lists, or the host would become a child of its own child.
         self._host = [host]
         self._hooked: list[nn.Module] = []
+        self._traced_call: dict[str, torch.Tensor] | None = None
+        """`in_flight` of a call that torch.compile traces as a whole: a graph has no use for threads' own state, and
+        would be compiled again for every change of it."""
 
     @classmethod
     def on(cls, host: nn.Module) -> AttachedLayer | None:
@@ -189,11 +192,17 @@ class AttachedLayer(S2ALayer):
         self._after(module, self._end, always=True)
 
     def _begin(self, *call: Any) -> None:
+        if torch.compiler.is_compiling():
+            self._traced_call = {}
+            return
         calls = _CALLS.running.setdefault(self, [])
         calls.append({})
         del calls[:-_DEEPEST]
 
     def _end(self, *call: Any) -> None:
+        if torch.compiler.is_compiling():
+            self._traced_call = None
+            return
         calls = _CALLS.running.get(self)
         if calls:
             calls.pop()
@@ -201,6 +210,8 @@ class AttachedLayer(S2ALayer):
     @property
     def in_flight(self) -> dict[str, torch.Tensor]:
         """What one hook leaves for another, in the call that is running in this thread."""
+        if torch.compiler.is_compiling() and self._traced_call is not None:
+            return self._traced_call
         calls = _CALLS.running.get(self)
         return calls[-1] if calls else _CALLS.loose.setdefault(self, {})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -89,7 +90,7 @@ class PromptLayer(_PromptBase):
             return None
         query = self.in_flight.pop("query", None)
         attended = first_tensor(args, kwargs)
-        if query is None or query.shape[:-1].numel() != attended.shape[:-1].numel():
+        if query is None or math.prod(query.shape[:-1]) != math.prod(attended.shape[:-1]):
             raise RuntimeError(
                 f"Prompts cannot be added to this {type(self._host[0]).__name__}: between its query and its output "
                 "projection the tokens do not stay the same, or the query projection is not called. Leave it out with "
