@@ -354,7 +354,7 @@ class TestTiles:
         images, _ = batch("vit")
         logits(vit, images)
         assert not tiles_run
-        monkeypatch.setitem(wrap._ROOM, "cpu", 10 * 17 * 32 * 4)
+        monkeypatch.setitem(wrap._ROOM, "cpu", 4 * 17 * 32 * 4)
         logits(quantize_activations(vit), images)
         assert tiles_run[-1] == [1] * 4
 
@@ -399,7 +399,7 @@ class TestTiles:
             torch.testing.assert_close(one, other)
         assert not tiles_run
 
-    def test_dropout_runs_whole_and_draws_the_stock_numbers(self, tiles_run):
+    def test_dropout_draws_the_stock_numbers(self, tiles_run):
         vit = tune_biases(build("vit"))
         for module in vit.modules():
             if isinstance(module, nn.Dropout):
@@ -410,7 +410,7 @@ class TestTiles:
         quantize_activations(vit, tiled())
         torch.manual_seed(5)
         torch.testing.assert_close(logits(vit, images), expected)
-        assert not tiles_run
+        assert [2, 2] in tiles_run
 
     def test_stochastic_depth_draws_the_stock_numbers(self, tiles_run):
         swin = tune_biases(build("swin"))

@@ -131,6 +131,9 @@ def trace(
 
     # small constants are computed with while they are recorded: counters of batches would count this run
     counters = [(t, t._version, t.detach().clone()) for t in tensors if not t.is_floating_point() and t.numel() == 1]
+    hooks = [(tensors[i], tensors[i]._backward_hooks) for i in trained if tensors[i]._backward_hooks]
+    for parameter, _ in hooks:  # which are for gradients, and what is computed here is none
+        parameter._backward_hooks = None
     _state.recording = True
     try:
         with (
@@ -147,6 +150,8 @@ def trace(
         raise Untraceable(f"it cannot be recorded ({type(error).__name__}: {first_line[:200]})") from error
     finally:
         _state.recording = False
+        for parameter, of_it in hooks:
+            parameter._backward_hooks = of_it
         for counter, version, before in counters:
             if counter._version != version:
                 counter.copy_(before)
