@@ -36,7 +36,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -86,12 +85,6 @@ def s2a(**settings: Any) -> Apply:
 
 def s2a_with(quantization: ActivationQuantizationConfig | None) -> Apply:
     return s2a(activation_quantization=quantization)
-
-
-def s2a_not_in_place(model: nn.Module) -> nn.Module:
-    """Activation functions write to new memory, as if somebody else read their input."""
-    with mock.patch("peft_s2a.activations.wrap._producers", return_value={}):
-        return s2a()(model)
 
 
 def tuned(make_config: Callable[[nn.Module], PeftConfig]) -> Apply:
@@ -186,7 +179,6 @@ TRICKS = {
     "S2A, activations in full precision": Method(s2a_with(None)),
     "S2A, eager backend": Method(s2a_with(ActivationQuantizationConfig(backend="reference"))),
     "S2A, no tiles": Method(s2a_with(ActivationQuantizationConfig(mlp_tiles=1))),
-    "S2A, not in place": Method(s2a_not_in_place),
     "S2A, no token mean": Method(s2a_with(WithoutTokenMean())),
 }
 METHODS: dict[str, Method] = BASELINES | CHECKPOINTED | STRUCTURES | TRICKS

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from .config import OPERATOR_KINDS, ActivationQuantizationConfig
@@ -28,10 +28,6 @@ from .plans.trace import is_recording
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _ADAPTED = (BaseTuner, BaseTunerLayer, AuxiliaryTrainingWrapper)
 _LEFT_ALONE = (*_LISTS, nn.Sequential, nn.Identity, nn.Embedding, PreTrainedModel, *_ADAPTED)
-
-# Bytes for the working set of one tile: enough for its operators to have work to do, small beside the codes that are kept.
-_ROOM = {"cpu": 12 * 2**20}
-_DEFAULT_ROOM = 12 * 2**24
 
 
 @dataclass
@@ -138,15 +134,16 @@ def quantize_activations(
             "`config` must be an ActivationQuantizationConfig, a dict of its arguments or None, got "
             f"{type(config).__name__}."
         )
-    later, store = _later_codes(model, set(_blocks(model))), Store()
+    found = set(_blocks(model))
+    blocks, store = [module for module in model.modules() if module in found], Store()
     for name, module in model.named_modules():
         if config.skips(name) or not _has_operators(module):
             _restore(module)
             continue
         planner = None
-        if module in later:
-            settings, room = _settings_inside(config, name, module), _Room(later[module])
-            planner = Planner(store, settings, _is_harmless, room, _tiles(config))
+        if module in found:
+            later = _later(module, blocks[blocks.index(module) + 1 :])
+            planner = Planner(store, _settings_inside(config, name, module), _is_harmless, later, _tiles(config))
         if not isinstance(module, _Quantized):
             module.__class__ = _quantized_class(type(module))
         module._activation_settings = _Settings(OperatorMode(config, name), planner)
@@ -160,15 +157,22 @@ def _tiles(config: ActivationQuantizationConfig) -> int | None:
     return None if config.mlp_tiles == "auto" else config.mlp_tiles
 
 
-@dataclass(frozen=True)
-class _Room:
-    """Bytes that a block may work in: memory peaks where all codes are kept, in the last blocks; those before them have
-    that much more room."""
+def _later(block: nn.Module, others: list[nn.Module]) -> float:
+    """How much more than ``block`` itself the blocks after it keep: the wider, the less, since backbones that double their
+    width halve both sides of their feature maps."""
+    width = _width(block)
+    return sum(min(1.0, width / _width(other)) for other in others)
 
-    later: float  # bytes of codes that the blocks after this one will keep, for each byte of its input
 
-    def __call__(self, x: Tensor) -> float:
-        return _ROOM.get(x.device.type, _DEFAULT_ROOM) + self.later * x.nbytes
+def _width(block: nn.Module) -> int:
+    """Channels that the first layer of a block reads."""
+    for module in _without_adapters(block):
+        layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        if isinstance(layer, nn.LayerNorm):
+            return layer.normalized_shape[-1]
+        if _computes(layer):
+            return layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+    return 1
 
 
 def _settings_inside(config: ActivationQuantizationConfig, name: str, block: nn.Module) -> Any:
@@ -236,37 +240,12 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     return blocks
 
 
-def _later_codes(model: nn.Module, blocks: set[nn.Module]) -> dict[nn.Module, float]:
-    """{block: bytes of codes that the blocks after it will keep, for each byte of its input}, roughly.
-
-    A guess from the layers alone: half a byte for each value that a norm puts out, somewhat less for a linear layer (some
-    of them only add to the features), a bit for each of a convolution; twice the width means a quarter of the positions.
-    """
-    later, codes = {}, 0.0  # of the blocks seen so far, from the end, where a layer of width w has 1 / w^2 positions
-    for block in reversed([module for module in model.modules() if module in blocks]):
-        layers = [found for module in _without_adapters(block) if (found := _widths_and_codes(module)) is not None]
-        later[block] = codes * layers[0][0] / 4 if layers else 0.0
-        codes += sum(kept / min(read, written) ** 2 for read, written, kept in layers)
-    return later
-
-
 def _without_adapters(module: nn.Module) -> Iterator[nn.Module]:
     """``module`` and the modules in it, apart from those that tuners added."""
     yield module
     for name, child in module.named_children():
         if not isinstance(module, BaseTunerLayer) or name == "base_layer":
             yield from _without_adapters(child)
-
-
-def _widths_and_codes(layer: nn.Module) -> tuple[int, int, float] | None:
-    """(channels read, channels written, bytes kept at a position) of a linear layer, a convolution or a norm."""
-    if isinstance(layer, nn.Linear):
-        return layer.in_features, layer.out_features, 0.4 * layer.out_features
-    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return layer.in_channels, layer.out_channels, layer.out_channels / 8
-    if isinstance(layer, nn.LayerNorm):
-        return layer.normalized_shape[-1], layer.normalized_shape[-1], 0.5 * layer.normalized_shape[-1]
-    return None
 
 
 def _any_inside(module: nn.Module, predicate) -> Iterator[bool]:

@@ -13,10 +13,10 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from peft_s2a import S2AConfig
-from peft_s2a.activations import wrap
 from peft_s2a.activations.calibrate import calibrate_activations, pareto_front
 from peft_s2a.activations.codec import WIDTHS
 from peft_s2a.activations.config import ActivationQuantizationConfig
+from peft_s2a.activations.plans import planner
 from peft_s2a.activations.wrap import quantize_activations, restore_activations
 
 
@@ -245,7 +245,7 @@ class TestResult:
     def test_is_the_same_for_a_model_that_runs_in_tiles(self, vit, monkeypatch):
         config = ActivationQuantizationConfig(mlp_tiles="auto")
         whole = calibrate(vit, 0.8, config=config)
-        monkeypatch.setitem(wrap._ROOM, "cpu", 1)
+        monkeypatch.setitem(planner._ROOM, "cpu", 1)
         assert calibrate(vit, 0.8, config=config) == whole
 
     def test_uses_only_the_widths_allowed(self, vit):

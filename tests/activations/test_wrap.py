@@ -15,6 +15,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from peft_s2a.activations import wrap
 from peft_s2a.activations.config import ActivationQuantizationConfig
+from peft_s2a.activations.plans import planner
 from peft_s2a.activations.plans.tiles import TiledPlan
 from peft_s2a.activations.wrap import quantize_activations, restore_activations
 
@@ -354,12 +355,12 @@ class TestTiles:
         images, _ = batch("vit")
         logits(vit, images)
         assert not tiles_run
-        monkeypatch.setitem(wrap._ROOM, "cpu", 4 * 17 * 32 * 4)
+        monkeypatch.setitem(planner._ROOM, "cpu", 4 * 17 * 32 * 4)
         logits(quantize_activations(vit), images)
         assert tiles_run[-1] == [1] * 4
 
     def test_tiles_are_larger_the_more_codes_are_still_to_come(self, tiles_run, monkeypatch):
-        monkeypatch.setitem(wrap._ROOM, "cpu", 1)
+        monkeypatch.setitem(planner._ROOM, "cpu", 1)
         config = ViTConfig(hidden_size=32, intermediate_size=64, num_attention_heads=2, image_size=32, num_labels=3)
         vit = ViTForImageClassification(config).requires_grad_(False)
         vit.vit.embeddings.cls_token.requires_grad_(True)

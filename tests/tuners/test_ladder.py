@@ -12,7 +12,7 @@ from saved import saved_tensors
 from torch import nn
 
 from peft_s2a import S2AConfig, S2ASideConfig
-from peft_s2a.activations import wrap
+from peft_s2a.activations.plans import planner
 from peft_s2a.tuners.ladder import LadderRung, LadderTop, resample
 
 
@@ -54,7 +54,7 @@ def test_tiles_of_blocks_and_stages_leave_the_ladder_whole(family, monkeypatch):
     images, labels = families.batch(family)
     gradients = []
     for tile_bytes in (2**30, 1):
-        monkeypatch.setitem(wrap._ROOM, "cpu", tile_bytes)
+        monkeypatch.setitem(planner._ROOM, "cpu", tile_bytes)
         torch.manual_seed(0)
         model = get_peft_model(families.build(family), S2ASideConfig(side_mode="ladder", init_weights=False)).train()
         torch.manual_seed(0)

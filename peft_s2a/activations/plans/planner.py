@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten
 from .graph import simplify, split
 from .independence import Dependent
 from .run import Plan
-from .tiles import TiledPlan, batched_arguments, sizes_of, tiled_plan, tiles_for, working_set
+from .tiles import TiledPlan, batched_arguments, kept_bytes, sizes_of, tiled_plan, tiles_for, working_set
 from .trace import Joint, Untraceable, trace
 from .watch import Observation, Watch, is_observed_globally
 
@@ -27,6 +27,9 @@ from .watch import Observation, Watch, is_observed_globally
 logger = logging.getLogger(__name__)
 _PLANS_PER_MODULE = 8  # of other shapes: beyond, the module runs without a plan
 _OBSERVATIONS = 3  # that may set up attributes
+# Bytes for the working set of one tile: enough for its operators to have work to do, small beside the codes that are kept.
+_ROOM = {"cpu": 12 * 2**20}
+_DEFAULT_ROOM = 12 * 2**24
 _DISCARDED = object()
 _lock = threading.RLock()
 
@@ -42,6 +45,7 @@ class Entry:
         plan: None until it is made; a text where it cannot be made, the reason.
         joint: the recorded call.
         at_once: bytes that it has in use at once beside its arguments and results.
+        kept: bytes that it keeps for backward, and the blocks after it in proportion.
         tiled: {number of tiles: plan}.
         whole: why it does not run in tiles.
     """
@@ -52,6 +56,7 @@ class Entry:
     plan: Plan | str | None = None
     joint: Joint | None = None
     at_once: int = 0
+    kept: int = 0
     tiled: dict[int, TiledPlan] = field(default_factory=dict)
     whole: str | None = None
 
@@ -84,7 +89,8 @@ class Planner:
     Args:
         store: shared by the modules of a model.
         settings: what else decides about the recorded operators; compared by equality.
-        room: bytes to work in, given the first argument.
+        later: how many times what this block keeps the blocks after it keep. Memory peaks where all codes are kept, in the last blocks; those before
+            them have that much more room.
         tiles: how many tiles to run in; None: as many as the room asks for.
         is_harmless: whether a hook may be ignored.
     """
@@ -94,10 +100,16 @@ class Planner:
         store: Store,
         settings: Any,
         is_harmless: Callable[[Any], bool],
-        room: Callable[[Tensor], float],
+        later: float,
         tiles: int | None,
     ) -> None:
-        self.store, self.settings, self.is_harmless, self.room, self.tiles = store, settings, is_harmless, room, tiles
+        self.store, self.settings, self.is_harmless, self.later, self.tiles = (
+            store,
+            settings,
+            is_harmless,
+            later,
+            tiles,
+        )
         self.reason: str | None = None
         self._unsettled = 0
         self._forget()
@@ -208,6 +220,7 @@ class Planner:
                 joint = self._recorded(whole, flat, spec)
                 halves = split(joint)
                 entry.plan, entry.joint = Plan.of(joint, halves), joint
+                entry.kept = kept_bytes(halves)
                 entry.at_once = max(working_set(halves.forward), working_set(halves.backward))
             except Untraceable as error:
                 entry.plan = str(error)
@@ -232,7 +245,8 @@ class Planner:
         gradients = sum(
             self._watch.tensors[i].nbytes for i in entry.joint.slots if self._watch.tensors[i].requires_grad
         )
-        tiles = tiles_for(entry.at_once, self.room(x)) if self.tiles is None else self.tiles
+        room = _ROOM.get(x.device.type, _DEFAULT_ROOM) + self.later * entry.kept
+        tiles = tiles_for(entry.at_once, room) if self.tiles is None else self.tiles
         if x.dim() < 2 or gradients > x.nbytes:  # which are added up tile after tile
             return entry.plan
         tiles = min(tiles, x.shape[0])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_unflatten
 
-from .graph import is_random, memories, split, value, written
+from .graph import Halves, is_random, memories, split, value, written
 from .independence import Dependent, Samples, ancestors, follow
 from .run import BELOW, Plan, laid_out, refuse_double_backward
 from .trace import TENSOR, Joint, aten
@@ -292,9 +292,22 @@ def working_set(graph: fx.Graph) -> int:
         if key is not None and key not in given and key not in sizes:
             sizes[key] = value(node).untyped_storage().nbytes()
             live += sizes[key]
-        most = max(most, live)
+        most = max(most, live + _scratch(node))
         live -= sum(sizes.get(key, 0) for key in ends.get(position, ()))
     return most
+
+
+def kept_bytes(halves: Halves) -> int:
+    """Bytes that the forward pass hands to the backward pass, beside what exists anyway."""
+    return sum(value(node).nbytes for node in halves.forward.output_node().args[0][1])
+
+
+def _scratch(node: fx.Node) -> int:
+    """Bytes that an operator may need for itself: convolutions reorder their operands and results."""
+    if getattr(node.target, "overloadpacket", None) not in (aten.convolution, aten.convolution_backward):
+        return 0
+    tensors = [value(n) for n in (*node.all_input_nodes, node)]
+    return sum(t.nbytes for t in tensors if isinstance(t, Tensor))
 
 
 def tiles_for(bytes_at_once: float, room: float, slack: float = 0.25) -> int:
