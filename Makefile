@@ -20,8 +20,8 @@ $(INSTALLED): pyproject.toml constraints/pinned.txt
 demo: $(INSTALLED)  ## Fine-tune the shipped backbone on handwritten digits with S2A, LoRA, a linear probe and in full.
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/demo.py
 
-test: $(INSTALLED)  ## Run all tests, offline.
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests
+test: $(INSTALLED)  ## Run all tests, offline, in two processes.
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile --durations 15
 
 test-slow: $(INSTALLED)  ## The long sweeps and soaks that `make test` leaves out, offline.
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests -m slow
