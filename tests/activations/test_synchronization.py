@@ -53,8 +53,14 @@ class _Waits(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    ("name", "autocast"),
+    [
+        pytest.param(name, autocast, marks=pytest.mark.slow if autocast and name != "ViT" else ())
+        for name in CONFIGS
+        for autocast in (False, True)
+    ],
+)
 def test_no_step_waits_for_the_device(name, autocast):
     model = get_peft_model(small_model(name), S2AConfig()).train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
