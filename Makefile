@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 WEIGHTS = outputs/dinov2
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test test-slow benchmark benchmark-gpu quality style clean
+.PHONY: demo docs test test-slow benchmark benchmark-gpu quality style clean
 
 $(INSTALLED): pyproject.toml constraints/pinned.txt
 	$(PYTHON) -m venv $(VENV)
@@ -20,7 +20,7 @@ $(INSTALLED): pyproject.toml constraints/pinned.txt
 demo: $(INSTALLED)  ## Fine-tune the shipped backbone on handwritten digits with S2A, LoRA, a linear probe and in full.
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/demo.py
 
-test: $(INSTALLED)  ## Run all tests, offline, in two processes.
+test: $(INSTALLED)  ## Run all tests, offline, in two processes, and show the slowest.
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile --durations 15
 
 test-slow: $(INSTALLED)  ## The long sweeps and soaks that `make test` leaves out, offline.
@@ -39,9 +39,10 @@ benchmark-gpu: $(INSTALLED)  ## All benchmarks in full, on a CUDA device.
 	$(BIN)/python benchmarks/fidelity.py $(WEIGHTS) --setting full --device cuda
 	$(BIN)/python benchmarks/kernel_speed.py --setting full --device cuda
 
-quality: $(INSTALLED)  ## Check format and lint.
+quality: $(INSTALLED)  ## Check format, lint and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 style: $(INSTALLED)  ## Apply format and lint fixes.
 	$(BIN)/ruff check --fix .

@@ -49,20 +49,30 @@ class MemoryCallback(TrainerCallback):
         self.print_report = print_report
         self.report: MemoryReport | None = None
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.report = None
         self._watched_step = min(state.global_step + 2, state.max_steps)
         self._durations: list[float] = []
         self._since_log: list[float] = []
         self._has_logged = False
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
         self._is_watching = state.global_step + 1 == self._watched_step
         if self._is_watching:
-            self.trainer.training_step = self._watched_training_step
+            self.trainer.training_step = self._watched_training_step  # type: ignore[method-assign]
         self._start = time.perf_counter()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self._is_watching:
             del self.trainer.training_step  # the class's own is back
         else:
@@ -73,7 +83,9 @@ class MemoryCallback(TrainerCallback):
             self._log(args)
             control.should_log = True  # logging unsets it, and the trainer's own log is still to come
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if not self._has_logged:
             self._log(args)
         self._durations += self._since_log
@@ -82,12 +94,14 @@ class MemoryCallback(TrainerCallback):
         if self.report is not None and self.print_report and state.is_world_process_zero:
             print(self.report)
 
-    def _watched_training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args, **kwargs) -> torch.Tensor:
+    def _watched_training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
         """`Trainer.training_step` with the last micro-batch's memory noted in `report`."""
         device = self.trainer.args.device
         optimizer = getattr(self.trainer.optimizer, "optimizer", self.trainer.optimizer)  # accelerate wraps it
         meter = step_meter(device)
-        trace = StepTrace(self.trainer.model, inputs, optimizer, meter)
+        trace = StepTrace(self.trainer.model, inputs, optimizer, meter)  # type: ignore[arg-type]
         with meter, trace:
             loss = type(self.trainer).training_step(self.trainer, model, inputs, *args, **kwargs)
         self.report = trace.report("profile", device.type)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 import warnings
 from collections.abc import Iterable
 from enum import Enum
@@ -299,4 +298,4 @@ def _torch_dtype(dtype: DType | AutocastDType | None) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

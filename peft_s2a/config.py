@@ -145,9 +145,9 @@ class _S2ABaseConfig(PeftConfig):
                 f"`layers_to_transform` must be None, an integer or a list of them, got {_short(layers)}."
             )
         if isinstance(self.target_modules, (list, tuple)):
-            self.target_modules = set(self.target_modules)
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if isinstance(self.exclude_modules, (list, tuple)):
-            self.exclude_modules = set(self.exclude_modules)
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError("`layers_to_transform` cannot be used when `target_modules` is a str.")
         if isinstance(self.target_modules, str) and self.layers_pattern is not None:
@@ -215,7 +215,7 @@ class S2ABiasConfig(_S2ABaseConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_bool(self, "train_norm_scale")
-        self.peft_type = PeftType.S2A_BIAS
+        self.peft_type = PeftType.S2A_BIAS  # type: ignore[attr-defined]
 
 
 @dataclass
@@ -238,7 +238,7 @@ class S2APromptConfig(_S2ABaseConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_size(self, "num_prompt_tokens")
-        self.peft_type = PeftType.S2A_PROMPT
+        self.peft_type = PeftType.S2A_PROMPT  # type: ignore[attr-defined]
 
 
 @dataclass
@@ -280,7 +280,7 @@ class S2ASideConfig(_S2ABaseConfig):
         _check_choice(self, "side_mode", SIDE_MODES)
         _check_choice(self, "side_activation", SIDE_ACTIVATIONS)
         _check_choice(self, "side_init", SIDE_INITIALISATIONS)
-        self.peft_type = PeftType.S2A_SIDE
+        self.peft_type = PeftType.S2A_SIDE  # type: ignore[attr-defined]
 
 
 @dataclass
@@ -329,11 +329,11 @@ class S2AConfig(S2ASideConfig, S2APromptConfig, S2ABiasConfig):
         ```
     """
 
-    structures: tuple[str, ...] = field(default=STRUCTURES, metadata={"help": "Which of bias, prompt, side to train."})
+    structures: tuple[str, ...] = field(default=STRUCTURES, metadata={"help": "Which of bias, prompt, side to train."})  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.S2A
+        self.peft_type = PeftType.S2A  # type: ignore[attr-defined]
         if isinstance(self.structures, str) or not isinstance(self.structures, (list, tuple, set)):
             raise ValueError(
                 f"`structures` must be a tuple of names out of {STRUCTURES}, got {_short(self.structures)}."

@@ -31,4 +31,4 @@ def register(config_classes: dict[str, type], model_class: type) -> None:
         if name not in PEFT_TYPE_TO_CONFIG_MAPPING:
             register_peft_method(name=name.lower(), config_cls=config_class, model_cls=model_class)
             # The registry takes each prefix once; the four types name their parameters alike.
-            PEFT_TYPE_TO_PREFIX_MAPPING[name] = PREFIX
+            PEFT_TYPE_TO_PREFIX_MAPPING[name] = PREFIX  # type: ignore[index]

@@ -192,7 +192,7 @@ class ShapeMeter:
         self.device = device
         self._workspaces: list[int] = []
 
-    def call(self, trace: StepTrace, function: Any, args: tuple, kwargs: dict) -> Any:
+    def call(self, trace: StepTrace, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         output = function(*args, **kwargs)
         self._workspaces.append(workspace_bytes(function, args, output) if self.device.type == "cpu" else 0)
         return output
@@ -235,7 +235,7 @@ def _stand_in(model: nn.Module, fake: Callable[[torch.Tensor], torch.Tensor]) ->
                         if isinstance(tensor, nn.Parameter):
                             replacement = nn.Parameter(replacement, requires_grad=tensor.requires_grad)
                         fakes[id(tensor)] = replacement
-                    tensors[name] = fakes[id(tensor)]
+                    tensors[name] = fakes[id(tensor)]  # type: ignore[assignment]
         if not model.training:
             model.train()
         yield

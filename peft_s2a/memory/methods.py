@@ -79,12 +79,12 @@ def lora_targets(model: nn.Module) -> list[str]:
 def checkpointed(apply: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], nn.Module]:
     """The same with activations recomputed in the backward pass (non-reentrant). ValueError on unsupported models."""
 
-    def apply_checkpointed(model: nn.Module) -> nn.Module:
+    def apply_checkpointed(model: Any) -> nn.Module:
         if not getattr(model, "supports_gradient_checkpointing", False):
             raise ValueError(f"{type(model).__name__} does not support gradient checkpointing")
         model = apply(model)
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        return model
+        return model  # type: ignore[no-any-return]
 
     return apply_checkpointed
 

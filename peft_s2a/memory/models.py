@@ -84,7 +84,7 @@ class VisionModel:
         is_classifier = type(config) in AutoModelForImageClassification._model_mapping
         if is_classifier and not config.architectures:  # where there are several, transformers asks for the one meant
             classes = AutoModelForImageClassification._model_mapping[type(config)]
-            config.architectures = [(classes[0] if isinstance(classes, tuple) else classes).__name__]
+            config.architectures = [(classes[0] if isinstance(classes, tuple) else classes).__name__]  # type: ignore[union-attr]
         auto = AutoModelForImageClassification if is_classifier else AutoModel
         try:
             with torch.device(device):
@@ -93,7 +93,7 @@ class VisionModel:
             raise ValueError(
                 f"{self.name}: transformers cannot make a model of this configuration: {error}"
             ) from error
-        return model.train()
+        return model.train()  # type: ignore[no-any-return]
 
     @property
     def loss_fn(self) -> Callable[[nn.Module, Any], torch.Tensor] | None:
@@ -146,4 +146,4 @@ def find_model(name: str, image_size: int | None = None, num_labels: int | None 
 
 
 def _feature_loss(model: nn.Module, batch: Any) -> torch.Tensor:
-    return model(pixel_values=batch["pixel_values"]).last_hidden_state.square().mean()
+    return model(pixel_values=batch["pixel_values"]).last_hidden_state.square().mean()  # type: ignore[no-any-return]

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,6 +14,10 @@ from .estimate import estimate_memory, extrapolate_memory, image_batch, largest_
 from .methods import Method
 from .models import VisionModel
 from .report import MemoryReport, MiB, mib
+
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 # Models that run in tiles have more operators the larger the batch: beyond this size they are extrapolated.
@@ -70,7 +74,7 @@ class Plan:
             "methods": [row.to_dict() for row in self.rows],
         }
 
-    def __rich__(self):
+    def __rich__(self) -> Table:
         from rich.table import Table
         from rich.text import Text
 
@@ -117,7 +121,7 @@ class Plan:
         except ImportError as error:
             raise ImportError("Plan.plot needs matplotlib: pip install 'peft-s2a[plot]'") from error
 
-        rows = [row for row in self.rows if row.report is not None][::-1]
+        rows = [(row.method.name, row.report.peak) for row in self.rows if row.report is not None][::-1]
         figure = Figure(figsize=(9, 1.5 + 0.4 * len(rows)), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots()
@@ -129,10 +133,10 @@ class Plan:
             ("kept activations", ("kept",), "#1b9e77"),
             ("working set", ("working",), "#7570b3"),
         ):
-            widths = [sum(getattr(row.report.peak, name) for name in attributes) / MiB for row in rows]
-            axes.barh([row.method.name for row in rows], widths, left=left, label=label, color=color)
+            widths = [sum(getattr(peak, name) for name in attributes) / MiB for _, peak in rows]
+            bars = axes.barh([name for name, _ in rows], widths, left=left, label=label, color=color)
             left = [start + width for start, width in zip(left, widths)]
-        axes.bar_label(axes.containers[-1], [f" {total:,.0f}" for total in left], fontsize="small")
+        axes.bar_label(bars, [f" {total:,.0f}" for total in left], fontsize="small")
         if self.budget is not None and self.budget / MiB < 1.2 * max(left, default=0):
             axes.axvline(self.budget / MiB, color="black", linewidth=0.8, linestyle=":")
         axes.margins(x=0.1)

@@ -82,7 +82,7 @@ def step_meter(device: torch.device) -> ProfilerMeter | CudaMeter:
 class ProfilerMeter:
     """Live bytes within operators on CPU, from the memory events of `torch.profiler` (a context around the step)."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else each use prints its start and stop to stderr
         self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
 
@@ -90,17 +90,17 @@ class ProfilerMeter:
         self.profile.__enter__()
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.profile.__exit__(*exception)
 
-    def call(self, trace: StepTrace, function: Any, args: tuple, kwargs: dict) -> Any:
+    def call(self, trace: StepTrace, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with torch.profiler.record_function(f"{_MARK}{len(trace.moments)}"):
             return function(*args, **kwargs)
 
     def peaks(self, trace: StepTrace) -> list[int]:
-        events = self.profile.profiler.kineto_results.events()
-        starts = {event.name(): event.start_ns() for event in events if event.name().startswith(_MARK)}
-        starts = [starts[f"{_MARK}{index}"] for index in range(len(trace.moments))]
+        events = self.profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+        marks = {event.name(): event.start_ns() for event in events if event.name().startswith(_MARK)}
+        starts = [marks[f"{_MARK}{index}"] for index in range(len(trace.moments))]
         peaks = [0] * len(starts)
         for start, live in self._live(events):
             index = max(bisect_left(starts, start) - 1, 0)  # what follows an operator counts with it
@@ -109,7 +109,7 @@ class ProfilerMeter:
 
     def peak(self) -> int:
         """Highest live bytes, above what was live at the beginning."""
-        return max((live for _, live in self._live(self.profile.profiler.kineto_results.events())), default=0)
+        return max((live for _, live in self._live(self.profile.profiler.kineto_results.events())), default=0)  # type: ignore[union-attr]
 
     @staticmethod
     def _live(events: Any) -> Iterator[tuple[int, int]]:
@@ -135,10 +135,10 @@ class CudaMeter:
         self._before = torch.cuda.memory_allocated(self.device)
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         pass
 
-    def call(self, trace: StepTrace, function: Any, args: tuple, kwargs: dict) -> Any:
+    def call(self, trace: StepTrace, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         torch.cuda.reset_peak_memory_stats(self.device)
         output = function(*args, **kwargs)
         self._peaks.append(torch.cuda.max_memory_allocated(self.device) - self._before)
@@ -184,8 +184,8 @@ def _device(model: nn.Module) -> torch.device:
 @contextmanager
 def _left_unchanged(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Trains inside, and puts back parameters, buffers, gradients, modes and the random state."""
-    changing = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    changing = [(tensor, tensor.detach().to("cpu", copy=True)) for tensor in (*changing, *model.buffers())]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    changing = [(tensor, tensor.detach().to("cpu", copy=True)) for tensor in (*trained, *model.buffers())]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     for parameter, _ in gradients:

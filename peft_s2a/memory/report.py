@@ -7,6 +7,12 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from rich.console import Group
+    from rich.table import Table
 
 
 MiB = 2**20
@@ -123,7 +129,7 @@ class MemoryReport:
         """`saved_bytes`, by how they are kept."""
         return sum(self.by_operator.values(), KeptBytes())
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """All figures as plain data (the timeline left out), fit for JSON."""
         data = asdict(self)
         del data["timeline"]
@@ -139,7 +145,7 @@ class MemoryReport:
             console.print(self)
         return capture.get().rstrip("\n")
 
-    def __rich__(self):
+    def __rich__(self) -> Group:
         from rich.console import Group
         from rich.table import Table
 
@@ -172,7 +178,7 @@ class MemoryReport:
             self._kept_table("kept for backward in (* is any index)", _by_pattern(self.by_module)),
         )
 
-    def _kept_table(self, heading: str, sizes: Mapping[str, KeptBytes]):
+    def _kept_table(self, heading: str, sizes: Mapping[str, KeptBytes]) -> Table:
         from rich.table import Table
 
         table = Table()
