@@ -20,6 +20,9 @@ $(INSTALLED): pyproject.toml constraints/pinned.txt
 demo: $(INSTALLED)  ## Fine-tune the shipped backbone on handwritten digits with S2A, LoRA, a linear probe and in full.
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/demo.py
 
+docs: $(INSTALLED)  ## Build the documentation into site/; broken links are errors.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 test: $(INSTALLED)  ## Run all tests, offline, in two processes, and show the slowest.
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile --durations 15
 

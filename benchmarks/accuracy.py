@@ -10,8 +10,8 @@ used again: the family's usual one, one `STEP` below and one above it, and furth
 lowest or the highest. Variants that differ only in what is kept for backward share one rate, searched in full
 precision. The linear probe trains on features that are computed once.
 
-Test accuracy is given as mean and standard deviation over seeds (head, adapter, order of the images); memory is that
-of `peft_s2a.profile_memory` at the same image and batch size. The result file is written after every run, and a run
+Test accuracy is given as mean and standard deviation over seeds (head, adapter, order of the images), differences
+between methods as the mean over pairs of runs with equal seeds and its 95% confidence interval; memory is that of `peft_s2a.profile_memory` at the same image and batch size. The result file is written after every run, and a run
 that was cut short goes on from there.
 
 Writes `benchmarks/results/accuracy-<setting>-<device>.json`, and beside it a plot (.png) of accuracy over memory.
@@ -27,7 +27,7 @@ import multiprocessing
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
@@ -42,6 +42,7 @@ from images import digits, fashion_mnist, pixel_values
 from peft import get_peft_model
 from rich.console import Console
 from rich.table import Table
+from scipy import stats
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageClassification
@@ -170,6 +171,7 @@ METHODS: dict[str, Method] = {
     "S2A side": Method(s2a(4, structures=("side",)), 2e-3),
 }
 
+COMPARED = (("S2A", "S2A, full precision"), ("S2A", "full fine-tuning"), ("S2A", "LoRA"))
 FEW = ("full fine-tuning", "linear probe", "LoRA", "S2A, full precision", "S2A")
 MANY = (*FEW, "S2A, 3 bits", "S2A, 2 bits", "S2A, calibrated", "S2A bias", "S2A prompt", "S2A side")
 SETTINGS = {
@@ -411,22 +413,36 @@ def mean_and_deviation(values: list[float]) -> tuple[float, float]:
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def cost_of_quantisation(result: dict[str, Any], dataset: str, method: str = "S2A") -> dict[str, float] | None:
-    """What 4 bits change in points of accuracy, by pairs of runs with equal seeds; None without such pairs.
+def paired_difference(
+    result: dict[str, Any], method: str, other: str, datasets: Sequence[str]
+) -> dict[str, float] | None:
+    """How many points more ``method`` reaches than ``other``, from pairs of runs with equal seeds; None with fewer than
+    two pairs.
 
-    ``difference`` is the mean over pairs, ``standard_error`` its standard error, and ``seed_noise`` the standard
-    deviation over seeds of the runs in full precision.
+    Of several datasets it is the mean over them that is paired, of the seeds that all of them have. ``low`` and ``high``
+    are the 95% confidence interval of Student's t; `seed_noise` is the standard deviation over seeds of ``other``.
     """
-    ours, exact = (accuracies(result, dataset, name) for name in (method, f"{method}, full precision"))
-    if len(seeds := sorted(ours.keys() & exact.keys())) < 2:
+    ours, theirs = ([accuracies(result, dataset, name) for dataset in datasets] for name in (method, other))
+    seeds = sorted(set.intersection(*(set(found) for found in (*ours, *theirs))))
+    if len(seeds) < 2:
         return None
-    difference, deviation = mean_and_deviation([ours[seed] - exact[seed] for seed in seeds])
+    first, second = (
+        [statistics.fmean(found[seed] for found in of_datasets) for seed in seeds] for of_datasets in (ours, theirs)
+    )
+    difference, deviation = mean_and_deviation([a - b for a, b in zip(first, second)])
+    half = float(stats.t.ppf(0.975, len(seeds) - 1)) * deviation / len(seeds) ** 0.5
     return {
-        "seeds": len(seeds),
+        "pairs": len(seeds),
         "difference": difference,
-        "standard_error": deviation / len(seeds) ** 0.5,
-        "seed_noise": statistics.stdev(exact[seed] for seed in seeds),
+        "low": difference - half,
+        "high": difference + half,
+        "seed_noise": statistics.stdev(second),
     }
+
+
+def cost_of_quantisation(result: dict[str, Any], dataset: str, method: str = "S2A") -> dict[str, float] | None:
+    """What 4 bits change in points of accuracy, see `paired_difference`."""
+    return paired_difference(result, method, f"{method}, full precision", [dataset])
 
 
 def table_of(result: dict[str, Any]) -> Table:
@@ -507,12 +523,15 @@ def main() -> None:
     result = run_all(path, header, checkpoint(args.cache), setting, args.device, args.workers)
     console = Console(width=120)
     console.print(table_of(result))
-    for dataset in setting.methods:
-        if cost := cost_of_quantisation(result, dataset):
-            console.print(
-                "{}: S2A with 4 bits minus S2A in full precision: {difference:+.2f} ± {standard_error:.2f} points "
-                "(standard error over {seeds} pairs; one run's seed noise is {seed_noise:.2f})".format(dataset, **cost)
-            )
+    sentence = (
+        "{}: {} minus {}: {difference:+.2f} points, 95% interval {low:+.2f} to {high:+.2f} ({pairs} pairs of runs)"
+    )
+    for method, other in COMPARED:
+        for found in dict.fromkeys([*((name,) for name in setting.methods), tuple(setting.methods)]):
+            if difference := paired_difference(result, method, other, found):
+                console.print(
+                    sentence.format("mean of " * (len(found) > 1) + ", ".join(found), method, other, **difference)
+                )
     plot(result, path.with_suffix(".png"))
     console.print(f"{environment['device']}, torch {environment['torch']}; written to {path}")
 

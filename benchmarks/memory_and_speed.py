@@ -1,9 +1,9 @@
 """What a training step takes in memory and time: S2A, what a user could pick instead, and S2A without each of its
 tricks.
 
-    python benchmarks/memory_and_speed.py                          # ViT-B/16, Swin-T, ResNet-50 at batch 8, fp32
+    python benchmarks/memory_and_speed.py                          # ViT-B/16, Swin-T, ResNet-50, ConvNeXt-T at batch 8, fp32
     python benchmarks/memory_and_speed.py vit-b --rounds 3         # only one of them
-    python benchmarks/memory_and_speed.py --preset bf16            # the three under bfloat16 autocast
+    python benchmarks/memory_and_speed.py --preset bf16            # the four under bfloat16 autocast
     python benchmarks/memory_and_speed.py --preset wide            # four backbones, all of PEFT's methods, on a CPU
     python benchmarks/memory_and_speed.py --preset full            # eight backbones, all of PEFT's methods, on a GPU
     python benchmarks/memory_and_speed.py --preset full --resume   # what an earlier run of it left out
@@ -136,8 +136,16 @@ def ln_tuning(model: nn.Module) -> LNTuningConfig:
 
 @dataclass(frozen=True)
 class Method:
+    """A way of fine-tuning.
+
+    Attributes:
+        optimizer: None: AdamW.
+        micro_batch: Images that pass through the model at once, their gradients being added up; None: all of the batch.
+    """
+
     apply: Apply
-    optimizer: MakeOptimizer | None = None  # None: AdamW
+    optimizer: MakeOptimizer | None = None
+    micro_batch: int | None = None
 
 
 def lorafa_optimizer(model: nn.Module) -> torch.optim.Optimizer:
@@ -167,6 +175,11 @@ CHECKPOINTED = {
     for name, method in BASELINES.items()
     if name not in ("linear probe", "prompt tuning", "prefix tuning")
 }
+FRUGAL_LORA = {  # LoRA's other ways to save memory, between all and nothing
+    "LoRA + checkpointing every 2nd block": Method(checkpointed(lora, 2)),
+    "LoRA + checkpointing every 4th block": Method(checkpointed(lora, 4)),
+    "LoRA, micro-batch 1": Method(lora, micro_batch=1),
+}
 STRUCTURES = {
     "S2A": Method(s2a()),
     "S2A + checkpointing": Method(checkpointed(s2a())),
@@ -181,10 +194,12 @@ TRICKS = {
     "S2A, no tiles": Method(s2a_with(ActivationQuantizationConfig(mlp_tiles=1))),
     "S2A, no token mean": Method(s2a_with(WithoutTokenMean())),
 }
-METHODS: dict[str, Method] = BASELINES | CHECKPOINTED | STRUCTURES | TRICKS
+METHODS: dict[str, Method] = BASELINES | CHECKPOINTED | FRUGAL_LORA | STRUCTURES | TRICKS
 
 FEW = ("full fine-tuning", "LoRA", "LoRA + checkpointing", "S2A")
-MAIN = ("full fine-tuning", "BitFit", "LoRA", "LoRA + checkpointing", "S2A", *TRICKS)
+RIVALS = ("full fine-tuning", "LoRA", "LoRA + checkpointing", *FRUGAL_LORA, "S2A")
+MAIN = ("full fine-tuning", "BitFit", *RIVALS[1:], *TRICKS)
+KINDS = ("vit-b", "swin-t", "resnet50", "convnext-t")  # one backbone of each
 BACKBONES = ("vit-b", "vit-l", "dinov2-s", "dinov2-b", "swin-t", "swin-b", "resnet50", "convnext-t")
 
 
@@ -226,9 +241,9 @@ class Preset:
 
 GROWTH_ON_CPUS = tuple(growth("vit-s", (2, 4, 8), (112, 160, 224), (4, 8, 12), 4))
 PRESETS = {
-    "main": Preset(tuple(Case(backbone, MAIN) for backbone in ("vit-b", "swin-t", "resnet50")), 5),
+    "main": Preset(tuple(Case(backbone, MAIN) for backbone in KINDS), 5),
     "bf16": Preset(
-        tuple(Case(backbone, (*FEW, "S2A, no tiles"), autocast=True) for backbone in ("vit-b", "swin-t", "resnet50")), 5
+        tuple(Case(backbone, (*RIVALS, "S2A, no tiles"), autocast=True) for backbone in KINDS), 5
     ),
     "reduced": Preset(
         (
@@ -295,15 +310,38 @@ class SharedParameters:
                 parameter.data = candidates.pop(index)
 
 
-def training_step(model: nn.Module, batch: dict[str, torch.Tensor], make_optimizer: MakeOptimizer,
-                  autocast: bool) -> Callable[[], torch.Tensor]:  # fmt: skip
+def loss_of(micro_batch: int | None) -> Callable[[nn.Module, dict[str, torch.Tensor]], torch.Tensor]:
+    """The loss as a function of model and batch. With micro-batches all but the last one have gone through the backward
+    pass already when it returns."""
+    if micro_batch is None:
+        return lambda model, batch: model(**batch).loss
+
+    def loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        count = len(batch["labels"])
+        starts = range(0, count, micro_batch)
+        done: float | torch.Tensor = 0.0
+        for start in starts:
+            part = {name: tensor[start : start + micro_batch] for name, tensor in batch.items()}
+            share = model(**part).loss * (len(part["labels"]) / count)
+            if start != starts[-1]:
+                with torch.autocast(share.device.type, enabled=False):
+                    share.backward()
+                done = done + share.detach()
+        return share + done
+
+    return loss
+
+
+def training_step(model: nn.Module, batch: dict[str, torch.Tensor], make_optimizer: MakeOptimizer, autocast: bool,
+                  micro_batch: int | None = None) -> Callable[[], torch.Tensor]:  # fmt: skip
     """A step of training, whose loss is returned."""
+    compute_loss = loss_of(micro_batch)
     optimizer = make_optimizer(model)
     device = batch["pixel_values"].device.type
 
     def step() -> torch.Tensor:
         with torch.autocast(device, torch.bfloat16, enabled=autocast):
-            loss = model(**batch).loss
+            loss = compute_loss(model, batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -324,9 +362,10 @@ def prepare(case: Case, method: Method, batch: dict[str, torch.Tensor], seed: in
         model,
         batch,
         optimizer=lambda parameters: make_optimizer(model),
+        loss_fn=loss_of(method.micro_batch),
         autocast=torch.bfloat16 if case.autocast else None,
     )
-    step = training_step(model, batch, make_optimizer, case.autocast)
+    step = training_step(model, batch, make_optimizer, case.autocast, method.micro_batch)
     torch.manual_seed(seed)  # equal drop paths, however many random numbers a method has taken for its weights
     return step, {
         "trainable": report.trainable_parameters,

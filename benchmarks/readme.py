@@ -1,4 +1,5 @@
-"""Writes the results in README.md from the files in `benchmarks/results`, so that text and data cannot drift apart.
+"""Writes the results in README.md and docs/results.md from the files in `benchmarks/results`, so that text and data
+cannot drift apart.
 
     python benchmarks/readme.py
 
@@ -14,11 +15,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from accuracy import accuracies, cost_of_quantisation, mean_and_deviation
+from accuracy import COMPARED, accuracies, mean_and_deviation, paired_difference
+from memory_and_speed import METHODS, RIVALS
 
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENTS = ("README.md", "docs/results.md", "docs/choosing.md")
+FEWEST_PAIRS = 10  # of runs, from which on a difference between two methods is stated
 MiB = 2**20
 Result = dict[str, Any]
 
@@ -66,13 +70,94 @@ def demo(data: Result, path: Path) -> list[str]:
     return [table(header, rows), note(data, about)]
 
 
+FIGURE = "docs/figures/summary.png"
+TITLES = {
+    "vit-b": "ViT-B/16",
+    "dinov2-s": "DINOv2-S",
+    "swin-t": "Swin-T",
+    "resnet50": "ResNet-50",
+    "convnext-t": "ConvNeXt-T",
+}
+
+
+def summary(data: Result, path: Path) -> list[str]:
+    """Peak and time of what a user could pick, a backbone a row, and where S2A loses."""
+    rows, lora, about = training_steps(data)
+    found = {(row["backbone"], row["method"]): row for row in rows if "skipped" not in row}
+    methods = [method for method in RIVALS if any(method == name for _, name in found)]
+    backbones = list(dict.fromkeys(backbone for backbone, _ in found))
+
+    def cell(backbone: str, method: str) -> str:
+        if (row := found.get((backbone, method))) is None:
+            return "-"
+        text = f"{row['peak_bytes'] / MiB:,.0f} MiB, {ratio('step_seconds', row, lora.get(backbone))}"
+        return f"**{text}**" if method == "S2A" else text
+
+    cells = [
+        (TITLES.get(backbone, backbone), *(cell(backbone, method) for method in methods)) for backbone in backbones
+    ]
+    about = f"Cells: peak of a training step, step time / LoRA's. {about} A dash: the model class does not support it."
+    figure = f"![peak of a training step by backbone and method]({FIGURE})" if (ROOT / FIGURE).is_file() else ""
+    return [figure, table(("backbone", *methods), cells), note(data, f"{about} {losses(found, methods)}")]
+
+
+def draw_summary(data: Result, path: Path) -> None:
+    """The figure above that table."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows, _, _ = training_steps(data)
+    found = {(row["backbone"], row["method"]): row["peak_bytes"] / MiB for row in rows if "skipped" not in row}
+    methods = [method for method in RIVALS if any(method == name for _, name in found)]
+    backbones = list(dict.fromkeys(backbone for backbone, _ in found))
+    colors = ["#5c6370", "#7570b3", "#a7a3d1", "#c3c0e2", "#d9d7ee", "#e3b95f"]
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    width = 0.85 / len(methods)
+    for place, method in enumerate(methods):
+        color = "#1b9e77" if method == "S2A" else colors[place % len(colors)]
+        at = [index + place * width for index, backbone in enumerate(backbones) if (backbone, method) in found]
+        peaks = [found[backbone, method] for backbone in backbones if (backbone, method) in found]
+        axes.bar_label(axes.bar(at, peaks, width, label=method, color=color), fmt="{:,.0f}", fontsize=7)
+    axes.set_xticks([index + 0.425 - width / 2 for index in range(len(backbones))])
+    axes.set_xticklabels([TITLES.get(backbone, backbone) for backbone in backbones])
+    axes.set_ylabel("peak of a training step, MiB")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+
+
+def losses(found: dict[tuple[str, str], Result], methods: list[str]) -> str:
+    """Where something else takes less memory than S2A, or less time than S2A while keeping to its memory."""
+    smaller, faster = [], []
+    for (backbone, method), row in found.items():
+        ours = found.get((backbone, "S2A"))
+        if ours is None or method not in methods or method == "S2A":
+            continue
+        if row["peak_bytes"] < ours["peak_bytes"]:
+            smaller.append(f"{method} on {TITLES.get(backbone, backbone)}")
+        if method == "LoRA" and row["step_seconds"] < ours["step_seconds"]:
+            faster.append(TITLES.get(backbone, backbone))
+    parts = []
+    if smaller:
+        parts.append(f"Less memory than S2A: {', '.join(smaller)}.")
+    if faster:
+        parts.append(f"LoRA is faster on {', '.join(faster)}.")
+    return " ".join(parts)
+
+
 def training_steps(data: Result) -> tuple[list[Result], dict[str, Result], str]:
-    """The rows of the largest batch, under autocast where that was measured; LoRA's among them by backbone; and under
-    which circumstances they were measured."""
+    """The rows of the largest batch, under autocast where that was measured, of methods that there still are; LoRA's
+    among them by backbone; and under which circumstances they were measured."""
     rows = [row for row in data["rows"] if row["axis"] is None]
     batch_size = max(row["batch_size"] for row in rows)
     autocast = any(row["autocast"] for row in rows)
-    rows = [row for row in rows if (row["batch_size"], row["autocast"]) == (batch_size, autocast)]
+    rows = [
+        row
+        for row in rows
+        if (row["batch_size"], row["autocast"]) == (batch_size, autocast) and row["method"] in METHODS
+    ]
     lora = {row["backbone"]: row for row in rows if row["method"] == "LoRA" and "skipped" not in row}
     about = (
         f"Batch {batch_size}, 224 x 224, {'bfloat16 autocast' if autocast else 'fp32'}, on {hardware(data)}. Peak: "
@@ -87,7 +172,6 @@ def ratio(quantity: str, row: Result, base: Result | None) -> str:
 
 def memory(data: Result, path: Path) -> list[str]:
     """S2A beside what a user could pick instead."""
-    methods = ("full fine-tuning", "LoRA", "LoRA + checkpointing", "S2A")
     rows, lora, about = training_steps(data)
     cells = [
         (
@@ -98,7 +182,7 @@ def memory(data: Result, path: Path) -> list[str]:
             *(ratio(quantity, row, lora.get(row["backbone"])) for quantity in ("peak_bytes", "step_seconds")),
         )
         for row in rows
-        if row["method"] in methods and "skipped" not in row
+        if row["method"] in RIVALS and "skipped" not in row
     ]
     header = ("backbone", "method", "kept for backward, MiB/image", "peak, MiB", "peak / LoRA", "step time / LoRA")
     about += " Checkpointing is missing where the model class does not support it."
@@ -138,6 +222,25 @@ def wide(data: Result, path: Path) -> list[str]:
         "</details>",
     ]
     return parts + growth(data)
+
+
+def choices(data: Result, path: Path) -> list[str]:
+    """Peak and time of what there is to choose from, as ranges over the backbones."""
+    rows, lora, about = training_steps(data)
+    methods = (
+        "full fine-tuning", "LoRA", "LoRA + checkpointing", "S2A", "S2A + checkpointing", "S2A bias", "S2A prompt",
+        "S2A side", "S2A ladder",
+    )  # fmt: skip
+    cells = []
+    for method in methods:
+        found = [row for row in rows if row["method"] == method and "skipped" not in row and row["backbone"] in lora]
+        spans = []
+        for quantity in ("peak_bytes", "step_seconds"):
+            ratios = sorted(row[quantity] / lora[row["backbone"]][quantity] for row in found)
+            spans.append(f"{ratios[0]:.2f} to {ratios[-1]:.2f}" if ratios else "-")
+        cells.append((method, *spans, ", ".join(TITLES.get(row["backbone"], row["backbone"]) for row in found)))
+    about = f"Ranges over the backbones of the last column. {about}"
+    return [table(("method", "peak / LoRA", "step time / LoRA", "measured on"), cells), note(data, about)]
 
 
 def growth(data: Result) -> list[str]:
@@ -197,15 +300,31 @@ def accuracy(data: Result, path: Path) -> list[str]:
         f"seeds, on {hardware(data)}. S2A without a number of bits keeps 4; calibrated bits fit into three quarters "
         "of that."
     )
-    sentence = (
-        "on {}, 4 bits change S2A's accuracy by {difference:+.2f} ± {standard_error:.2f} points (mean over {seeds} "
-        "pairs of runs and its standard error; one seed's standard deviation is {seed_noise:.2f})"
-    )
-    found = {dataset: cost_of_quantisation(data, dataset) for dataset in datasets}
-    costs = [sentence.format(dataset, **cost) for dataset, cost in found.items() if cost]
-    cost = f"Quantisation: {'; '.join(costs)}." if costs else ""
+    cost = differences(data, datasets)
     header = ("method", "trainable", "kept, MiB/image", "peak, MiB", *(f"{name}, %" for name in datasets))
     return [table(header, rows), note(data, f"{about} {cost}".strip()), picture(path, "accuracy over memory")]
+
+
+def differences(data: Result, datasets: list[str]) -> str:
+    """What S2A gains over other methods, on the mean of all datasets, where there are seeds enough to say so."""
+    parts, pairs = [], 0
+    for method, other in COMPARED:
+        found = paired_difference(data, method, other, datasets)
+        if found is None:
+            continue
+        pairs = found["pairs"]
+        if pairs >= FEWEST_PAIRS:
+            parts.append(
+                "{} minus {}: {difference:+.2f} points (95% interval {low:+.2f} to {high:+.2f})".format(
+                    method, other, **found
+                )
+            )
+    if parts:
+        tasks = f"mean of {len(datasets)} tasks" if len(datasets) > 1 else datasets[0]
+        return f"Differences, {tasks}, {pairs} pairs of runs: {'; '.join(parts)}."
+    return (
+        f"{pairs} seeds are too few to tell these methods apart, or to see what quantisation costs." if pairs else ""
+    )
 
 
 def fidelity(data: Result, path: Path) -> list[str]:
@@ -279,8 +398,10 @@ def plans(data: Result, path: Path) -> list[str]:
 
 # name of the section: (which result files, how each is written)
 SECTIONS: dict[str, tuple[tuple[str, ...], Callable[[Result, Path], list[str]]]] = {
+    "summary": (("memory_and_speed-main-*.json",), summary),
     "demo": (("demo.json",), demo),
     "memory": (tuple(f"memory_and_speed-{preset}-*.json" for preset in ("main", "bf16", "full")), memory),
+    "choices": (("memory_and_speed-wide-*.json", "memory_and_speed-full-*.json"), choices),
     "wide": (("memory_and_speed-wide-*.json", "memory_and_speed-full-*.json"), wide),
     "accuracy": (("accuracy-*.json",), accuracy),
     "fidelity": (("fidelity-*.json",), fidelity),
@@ -297,18 +418,23 @@ def section(name: str) -> str:
     return "\n\n".join(parts) + "\n" if parts else ""
 
 
-def render(readme: str) -> str:
-    """`readme` with every `<!-- results: NAME -->` section written anew."""
+def render(text: str, document: str) -> str:
+    """The text of a document with every `<!-- results: NAME -->` section written anew."""
+    up = "../" * document.count("/")
 
     def written(match: re.Match) -> str:
-        return f"<!-- results: {match['name']} -->\n{section(match['name'])}<!-- /results -->"
+        markdown = section(match["name"]).replace("](benchmarks/", f"]({up}benchmarks/")
+        return f"<!-- results: {match['name']} -->\n{markdown}<!-- /results -->"
 
-    return re.sub(r"<!-- results: (?P<name>\w+) -->\n.*?<!-- /results -->", written, readme, flags=re.DOTALL)
+    return re.sub(r"<!-- results: (?P<name>\w+) -->\n.*?<!-- /results -->", written, text, flags=re.DOTALL)
 
 
 def main() -> None:
-    path = ROOT / "README.md"
-    path.write_text(render(path.read_text()))
+    for path in sorted(RESULTS.glob(SECTIONS["summary"][0][0])):
+        draw_summary(json.loads(path.read_text()), ROOT / FIGURE)
+    for document in DOCUMENTS:
+        path = ROOT / document
+        path.write_text(render(path.read_text(), document))
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print plain data, size
 
 @app.command(
     epilog="Examples: `peft-s2a plan vit-b --budget 8GiB` · `peft-s2a plan dinov2-g -b 64 -m lora -m s2a --autocast "
-    "bfloat16` · `peft-s2a plan ./my-checkpoint --image-size 384 --plot plan.png`"
+    "bfloat16` · `peft-s2a plan ./my-checkpoint --image-size 384 --plot plan.png --html plan.html`"
 )
 def plan(
     model: ModelArgument,
@@ -89,6 +89,9 @@ def plan(
     ] = Device.cpu,
     as_json: JsonOption = False,
     plot: Annotated[Path | None, typer.Option(help="Draw the comparison to this file (.png, .svg, .pdf).")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write it as one page with pictures, to open in a browser.")
+    ] = None,
 ) -> None:
     """Compare ways of fine-tuning MODEL: trainable parameters, memory kept for backward, peak, largest batch.
 
@@ -123,6 +126,10 @@ def plan(
         )
         if plot is not None:
             result.plot(plot)
+        if html is not None:
+            from .memory.html import plan_page
+
+            html.write_text(plan_page(result), encoding="utf-8")
     _print(result, as_json)
     if all(row.report is None for row in result.rows):
         _fail(f"{model}: supports none of the methods asked for")

@@ -201,7 +201,7 @@ class S2ABiasConfig(_S2ABaseConfig):
     """Trains offsets of linear, convolution and normalisation layers (BitFit, Zaken et al. 2022, arXiv:2106.10199).
 
     Args:
-        train_norm_scale (`bool`):
+        train_norm_scale:
             Also train the scale of layer, group and RMS normalisations. Their normalised input is kept for backward
             in any case, so this costs no memory. Batch normalisation with frozen statistics is left out: there it
             would cost a whole activation.
@@ -227,7 +227,7 @@ class S2APromptConfig(_S2ABaseConfig):
     zero-initialised pattern added to the image (visual prompting, Bahng et al. 2022, arXiv:2203.17274).
 
     Args:
-        num_prompt_tokens (`int`): Prompt tokens per attention layer; the side of the square input pattern otherwise.
+        num_prompt_tokens: Prompt tokens per attention layer; the side of the square input pattern otherwise.
         kwargs: the arguments shared by all S2A tuners, see [`S2AConfig`].
     """
 
@@ -246,16 +246,16 @@ class S2ASideConfig(_S2ABaseConfig):
     """Trains low-rank branches beside modules of a backbone, or a ladder of them beside the whole backbone.
 
     Args:
-        side_rank (`int` or `None`):
+        side_rank:
             Width r of a branch. None: 32, but at most an eighth of the width of the features it reads (and at least 8)
             in "residual" mode, so that narrow layers do not keep more for the branch than for themselves.
-        side_alpha (`float`): A branch is scaled by `side_alpha / side_rank`.
-        side_mode (`str`):
+        side_alpha: A branch is scaled by `side_alpha / side_rank`.
+        side_mode:
             "residual": `y = base(x) + side_alpha / side_rank * U f(D x)` with frozen D, so that only tensors of width
             r are kept for backward. "ladder": a recurrent state of width r runs beside a backbone that needs no
             backward pass, and joins it before the head.
-        side_activation (`str`): f: "gelu", or "linear" for branches that can be merged into a linear layer.
-        side_init (`str`): D: "orthogonal" rows, or "svd", the top right-singular vectors of the layer beside it.
+        side_activation: f: "gelu", or "linear" for branches that can be merged into a linear layer.
+        side_init: D: "orthogonal" rows, or "svd", the top right-singular vectors of the layer beside it.
         kwargs: the arguments shared by all S2A tuners, see [`S2AConfig`].
     """
 
@@ -291,42 +291,38 @@ class S2AConfig(S2ASideConfig, S2APromptConfig, S2ABiasConfig):
     is our choice and described where it is implemented.
 
     Args:
-        structures (`tuple[str, ...]`): Which of "bias", "prompt" and "side" to train.
-        target_modules (`list[str]`, `str` or `None`):
+        structures: Which of "bias", "prompt" and "side" to train.
+        target_modules:
             Modules to adapt, as in PEFT: names or name endings, a regular expression, or "all-linear". Every requested
             structure attaches to those of them that it can serve: bias to Linear, Conv and normalisations; side to
             Linear, Conv1d/2d and MLP or stage modules whose input and output are single tensors; prompt to attention
             modules. None chooses the targets from the model.
-        exclude_modules (`list[str]`, `str` or `None`): Modules to leave alone.
-        layers_to_transform (`list[int]`, `int` or `None`): Indices of the layers to adapt.
-        layers_pattern (`list[str]`, `str` or `None`): Name of the list that holds these layers.
-        modules_to_save (`list[str]` or `None`):
+        exclude_modules: Modules to leave alone.
+        layers_to_transform: Indices of the layers to adapt.
+        layers_pattern: Name of the list that holds these layers.
+        modules_to_save:
             Modules trained in full and saved with the adapter. None finds the task head by itself; [] is none.
-        num_prompt_tokens (`int`): See [`S2APromptConfig`].
+        num_prompt_tokens: See [`S2APromptConfig`].
         side_rank, side_alpha, side_mode, side_activation, side_init: See [`S2ASideConfig`].
-        train_norm_scale (`bool`): See [`S2ABiasConfig`].
-        freeze_batch_norm_stats (`bool`):
+        train_norm_scale: See [`S2ABiasConfig`].
+        freeze_batch_norm_stats:
             Keep the running statistics of batch normalisation as they are, so that an adapter reloads bit-exactly.
             With False they follow the training images and are saved with the adapter.
         activation_quantization:
             How activations kept for backward are quantised: an [`ActivationQuantizationConfig`], a dict of its
             arguments, or None to leave activations alone. Of several adapters in one model, the one added last
             decides.
-        init_weights (`bool`): Start exactly as the base model; False gives a random start, for tests.
+        init_weights: Start exactly as the base model; False gives a random start, for tests.
 
     Raises:
         ValueError: if an argument is out of range, or if a ladder is combined with other structures.
 
-    Example:
-
-        ```py
+    Examples:
         >>> from transformers import AutoModelForImageClassification
         >>> from peft import get_peft_model
         >>> from peft_s2a import S2AConfig
-
         >>> model = AutoModelForImageClassification.from_pretrained("google/vit-base-patch16-224-in21k", num_labels=10)
         >>> model = get_peft_model(model, S2AConfig())
-        ```
     """
 
     structures: tuple[str, ...] = field(default=STRUCTURES, metadata={"help": "Which of bias, prompt, side to train."})  # type: ignore[misc]

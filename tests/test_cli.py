@@ -1,4 +1,5 @@
 import json
+from html.parser import HTMLParser
 
 import pytest
 from transformers import ViTConfig
@@ -33,6 +34,70 @@ def test_plan_as_json_is_pure_and_plot_is_written(tiny, tmp_path):
     data = json.loads(result.stdout)
     assert data["budget_bytes"] == 3 * 2**20 and data["methods"][0]["largest_batch_size"] > 0
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_plan_as_a_page_has_the_table_and_a_picture_of_every_method(tiny, tmp_path):
+    path = tmp_path / "plan.html"
+    methods = ("full", "lora")
+    arguments = [part for method in methods for part in ("-m", method)]
+    result = runner.invoke(
+        app, ["plan", tiny, *arguments, "-b", "2", "--budget", "3MiB", "--html", str(path), "--json"]
+    )
+    assert result.exit_code == 0, result.output
+    page = Page()
+    page.feed(path.read_text())
+    assert page.open == []
+    assert not page.links, "a page that stands alone fetches nothing"
+    header, *rows = page.rows
+    assert header[0] == "method" and header[-1].startswith("largest batch")
+    assert [row[0] for row in rows] == list(methods)
+    for row, planned in zip(rows, json.loads(result.stdout)["methods"]):
+        assert row[2] == f"{planned['report']['trainable_parameters']:,}"
+        assert row[-1] == str(planned["largest_batch_size"])
+    assert page.labels[0] == "peak of each method"
+    assert page.labels[1:] == [f"live memory over the step of {method}" for method in methods]
+
+
+def test_names_in_a_page_are_text_and_missing_methods_say_why():
+    from peft_s2a.memory.html import plan_page
+    from peft_s2a.memory.methods import Method
+    from peft_s2a.memory.models import VisionModel
+    from peft_s2a.memory.plan import Plan, PlannedMethod
+
+    row = PlannedMethod(Method("a<b", "", lambda model: model), problem="not <here>")
+    page = Page()
+    page.feed(plan_page(Plan(VisionModel("<script>", None), 1, None, (row,))))
+    assert page.open == [] and "script" not in page.tags
+    assert page.rows[1] == ["a<b", "not <here>"]
+
+
+class Page(HTMLParser):
+    """The structure of a page: elements left open, rows of tables, labels of pictures, addresses."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.tags, self.rows, self.labels, self.links = [], set(), [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        self.links += [value for name, value in attributes if name in ("src", "href")]
+        self.labels += [value for name, value in attributes if name == "aria-label"]
+        if tag != "meta":  # which has no end
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.add(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in ("td", "th"):
+            self.rows[-1][-1] += data
 
 
 def test_plan_where_nothing_fits_exits_with_3(tiny):

@@ -140,8 +140,22 @@ def test_the_cost_of_quantisation_is_that_of_pairs_of_equal_seeds():
         if value is not None
     ]
     cost = accuracy.cost_of_quantisation({"runs": runs}, "toy")
-    assert cost["seeds"] == 3
+    assert cost["pairs"] == 3
     assert cost["difference"] == pytest.approx(-1 / 3)
-    assert cost["standard_error"] == pytest.approx(2 / math.sqrt(3) / math.sqrt(3))
+    half = 4.302653 * 2 / math.sqrt(3) / math.sqrt(3)  # Student's t for two degrees of freedom, from a table
+    assert (cost["low"], cost["high"]) == pytest.approx((-1 / 3 - half, -1 / 3 + half))
     assert cost["seed_noise"] == pytest.approx(2)
     assert accuracy.cost_of_quantisation({"runs": runs[:2]}, "toy") is None
+
+
+def test_the_mean_over_tasks_is_paired_by_the_seeds_that_all_of_them_have():
+    values = {"one": {0: (10, 8), 1: (10, 6), 2: (0, 99)}, "two": {0: (20, 20), 1: (30, 26)}}
+    runs = [
+        {"dataset": dataset, "method": method, "seed": seed, "split": "test", "accuracy": value}
+        for dataset, seeds in values.items()
+        for seed, both in seeds.items()
+        for method, value in zip(("S2A", "LoRA"), both)
+    ]
+    found = accuracy.paired_difference({"runs": runs}, "S2A", "LoRA", ["one", "two"])
+    assert found["pairs"] == 2 and found["difference"] == pytest.approx((1 + 4) / 2)
+    assert accuracy.paired_difference({"runs": runs}, "S2A", "LoRA", ["one", "three"]) is None

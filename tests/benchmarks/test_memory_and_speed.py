@@ -53,6 +53,32 @@ def test_the_methods_are_what_they_are_called(vit_rows):
     assert trainable["S2A"] == trainable["S2A, no tiles"]
 
 
+def test_loras_other_ways_lie_between_all_and_nothing():
+    ways = (
+        "LoRA",
+        "LoRA + checkpointing every 4th block",
+        "LoRA + checkpointing every 2nd block",
+        "LoRA + checkpointing",
+    )
+    rows = measure(Case("vit-b", (*ways, "LoRA, micro-batch 1"), 4, 64, layers=4), rounds=1, seed=0, device="cpu")
+    *kept, in_parts = [row["saved_bytes_per_image"] for row in rows]
+    peaks = [row["peak_bytes"] for row in rows]
+    assert kept == sorted(kept, reverse=True) and len(set(kept)) == len(ways)
+    assert in_parts == pytest.approx(kept[0], rel=0.01)  # of one image, but only one image's at a time
+    assert peaks[-1] < 0.5 * peaks[0]
+
+
+def test_micro_batches_add_up_to_the_gradient_of_the_batch():
+    model = small_model(Case("vit-b", (), image_size=32), "cpu").double()
+    batch = {"pixel_values": torch.randn(3, 3, 32, 32).double(), "labels": torch.tensor([1, 2, 3])}
+    gradients = []
+    for micro_batch in (None, 2):
+        memory_and_speed.loss_of(micro_batch)(model, batch).backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+        model.zero_grad()
+    torch.testing.assert_close(*gradients)
+
+
 def test_what_a_backbone_does_not_support_is_skipped():
     reasons = {
         "LoRA + checkpointing": "does not support gradient checkpointing",

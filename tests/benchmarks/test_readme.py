@@ -1,4 +1,4 @@
-"""The README's figures are those of the committed result files, and those say what they were measured on."""
+"""The figures in README and docs are those of the committed result files, and those say what they were measured on."""
 
 import json
 
@@ -7,16 +7,23 @@ import readme
 from environment import RESULTS, describe_environment, slug, write_result
 
 
-def test_the_readme_says_what_the_result_files_say():
-    text = (readme.ROOT / "README.md").read_text()
-    assert "<!-- results: demo -->\n|" in text, "no demo results: run benchmarks/readme.py"
-    assert readme.render(text) == text, "the README is out of date: run benchmarks/readme.py"
+@pytest.mark.parametrize("document", readme.DOCUMENTS)
+def test_documents_say_what_the_result_files_say(document):
+    text = (readme.ROOT / document).read_text()
+    assert "<!-- results: " in text
+    assert readme.render(text, document) == text, f"{document} is out of date: run benchmarks/readme.py"
 
 
-def test_every_section_has_its_place_in_the_readme():
-    text = (readme.ROOT / "README.md").read_text()
+def test_every_section_has_one_place():
+    text = "".join((readme.ROOT / document).read_text() for document in readme.DOCUMENTS)
     for name in readme.SECTIONS:
         assert text.count(f"<!-- results: {name} -->\n") == 1, name
+
+
+def test_the_readme_is_a_page():
+    text = (readme.ROOT / "README.md").read_text()
+    assert len(text.splitlines()) < 90
+    assert text.count("\n| --- |") == 1 and text.count("![") == 1, "one table, one figure"
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
@@ -37,7 +44,7 @@ def results(tmp_path, monkeypatch):
 
 def test_sections_without_results_are_empty(results):
     text = "before\n<!-- results: fidelity -->\nold\n<!-- /results -->\nafter"
-    assert readme.render(text) == "before\n<!-- results: fidelity -->\n<!-- /results -->\nafter"
+    assert readme.render(text, "README.md") == "before\n<!-- results: fidelity -->\n<!-- /results -->\nafter"
 
 
 def test_reduced_runs_are_left_out_and_devices_stand_side_by_side(results):
@@ -72,6 +79,36 @@ def test_memory_is_given_beside_lora_of_the_same_backbone(results):
     assert "| a | S2A | 2.5 | 2 | 0.25 | 0.25 |" in section
     assert "| b | S2A | 25.0 | 25 | 0.25 | 0.25 |" in section
     assert "no tiles" not in section and "checkpointing |" not in section
+
+
+def test_the_summary_says_where_s2a_loses(results):
+    shared = {"axis": None, "batch_size": 8, "autocast": False, "saved_bytes_per_image": 1}
+    sizes = {
+        "a": {"LoRA": (10, 1.0), "LoRA + checkpointing": (2, 1.5), "S2A": (3, 1.2)},
+        "b": {"LoRA": (10, 1.0), "S2A": (3, 0.5)},
+    }
+    rows = [
+        {**shared, "backbone": backbone, "method": method, "peak_bytes": peak * 2**20, "step_seconds": seconds}
+        for backbone, found in sizes.items()
+        for method, (peak, seconds) in found.items()
+    ]
+    write_result(results / "memory_and_speed-main-x.json", {"environment": describe_environment(), "rows": rows})
+    section = readme.section("summary")
+    assert "| backbone | LoRA | LoRA + checkpointing | S2A |" in section
+    assert "| a | 10 MiB, 1.00 | 2 MiB, 1.50 | **3 MiB, 1.20** |" in section
+    assert "| b | 10 MiB, 1.00 | - | **3 MiB, 0.50** |" in section
+    assert "Less memory than S2A: LoRA + checkpointing on a. LoRA is faster on a." in section
+
+
+@pytest.mark.parametrize(("seeds", "stated"), [(3, False), (12, True)])
+def test_differences_in_accuracy_are_stated_only_with_seeds_enough(results, seeds, stated):
+    runs = [
+        {"dataset": "toy", "method": method, "seed": seed, "split": "test", "accuracy": value + seed % 2}
+        for seed in range(seeds)
+        for method, value in (("S2A, full precision", 80.0), ("S2A", 81.0))
+    ]
+    text = readme.differences({"runs": runs}, ["toy"])
+    assert ("+1.00 points" in text) is stated and ("too few" in text) is not stated
 
 
 def test_the_matrix_has_all_methods_and_says_why_some_are_missing(results):
