@@ -17,8 +17,8 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
 from peft_s2a import ActivationQuantizationConfig, S2ABiasConfig, S2AConfig, S2APromptConfig, S2ASideConfig
+from peft_s2a.anatomy import find_task_heads
 from peft_s2a.memory.methods import lora_targets
-from peft_s2a.tuners.targets import find_task_heads
 
 
 ACCURACY = Path(__file__).parent / "metrics" / "accuracy"

@@ -126,6 +126,14 @@ class _S2ABaseConfig(PeftConfig):
         metadata={"help": "For readers of the file who lack this package; always the same, whatever is passed."},
     )
 
+    dropped_targets: dict[str, dict[str, str]] | None = field(
+        default=None,
+        metadata={
+            "help": "For each structure the modules that the defaults proposed and that cannot carry it, with the reason. "
+            "Filled in when the adapter is made; not meant to be set by hand."
+        },
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.how_to_load = HOW_TO_LOAD

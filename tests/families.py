@@ -196,11 +196,12 @@ def build(family: str, seed: int = 0) -> nn.Module:
     for parameter in model.parameters():  # heads, embeddings and last scales start at zero in some families
         if not parameter.any():
             nn.init.normal_(parameter, std=0.02)
-    _fit_running_statistics(model, batch(family, size=16)[0])
+    images = batch(family, size=16)[0]
+    fit_running_statistics(model, lambda: logits(model, images))
     return model
 
 
-def _fit_running_statistics(model: nn.Module, images: torch.Tensor) -> None:
+def fit_running_statistics(model: nn.Module, run: Callable[[], object]) -> None:
     """As after pretraining; with the initial statistics the images would hardly reach the output."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     if not norms:
@@ -208,8 +209,9 @@ def _fit_running_statistics(model: nn.Module, images: torch.Tensor) -> None:
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = 1.0
+    model.train()
     with torch.no_grad():
-        logits(model.train(), images)
+        run()
     for norm, momentum in zip(norms, momenta):
         norm.momentum = momentum
 

@@ -120,7 +120,8 @@ def add_low_rank(base: Tensor, hidden: Tensor, up: Tensor, scaling: float, activ
     if activation is not None:
         hidden = activation_function(activation).forward(hidden)
     rows, hidden = (x.reshape(-1, x.shape[-1]) for x in (base, hidden.to(base.dtype)))
-    return torch.addmm(rows, hidden, up.t(), alpha=scaling).view(base.shape)
+    # No view: models write into what a module returned, and autograd lets nobody write into a function's view.
+    return torch.ops.aten._unsafe_view(torch.addmm(rows, hidden, up.t(), alpha=scaling), base.shape)
 
 
 def quantized_add_low_rank(

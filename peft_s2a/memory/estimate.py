@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._pytree import tree_map_only
+
+from peft_s2a.anatomy.usage import stand_in
 
 from .report import KeptBytes, MemoryReport, PeakBytes
 from .step import LossFunction, OptimizerFactory, TrainingStep
@@ -63,7 +62,9 @@ def estimate_memory(
             return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
 
     try:
-        with _stand_in(model, fake), torch.random.fork_rng([]):
+        with stand_in(model, fake), torch.random.fork_rng([]):
+            if not model.training:
+                model.train()
             batch = tree_map_only(torch.Tensor, fake, batch)
             step = TrainingStep(model, batch, optimizer, loss_fn, autocast, device)
             _prepare_optimizer(step, device)
@@ -210,39 +211,6 @@ def _target(model: nn.Module, device: str | torch.device | None) -> torch.device
     if device.type == "cuda" and torch.version.cuda is None and torch.version.hip is None:
         raise ValueError("device: an estimate for 'cuda' needs a CUDA build of PyTorch, and this one is for CPU only")
     return device
-
-
-@contextmanager
-def _stand_in(model: nn.Module, fake: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """Puts fake tensors in the place of parameters and buffers. Afterwards every module has its own attributes again,
-    so nothing that it remembered inside (cached tables, say) is left in it."""
-    fakes: dict[int, torch.Tensor] = {}  # by identity, so that tied parameters stay tied
-    modules = list(model.modules())
-    originals = [dict(vars(module)) for module in modules]
-    try:
-        for module, attributes in zip(modules, originals):
-            for name, value in attributes.items():
-                if isinstance(value, functools._lru_cache_wrapper):
-                    delattr(module, name)
-                elif isinstance(value, (dict, list, set)):
-                    vars(module)[name] = copy.copy(value)
-            for tensors in (module._parameters, module._buffers):
-                for name, tensor in tensors.items():
-                    if tensor is None:
-                        continue
-                    if id(tensor) not in fakes:
-                        replacement = fake(tensor)
-                        if isinstance(tensor, nn.Parameter):
-                            replacement = nn.Parameter(replacement, requires_grad=tensor.requires_grad)
-                        fakes[id(tensor)] = replacement
-                    tensors[name] = fakes[id(tensor)]  # type: ignore[assignment]
-        if not model.training:
-            model.train()
-        yield
-    finally:
-        for module, attributes in zip(modules, originals):
-            vars(module).clear()
-            vars(module).update(attributes)
 
 
 def _prepare_optimizer(step: TrainingStep, device: torch.device) -> None:

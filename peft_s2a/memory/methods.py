@@ -62,7 +62,7 @@ def lora_targets(model: nn.Module) -> list[str]:
     Raises:
         ValueError: If the model has none of these.
     """
-    from peft_s2a.tuners.targets import FUSED_NAMES, QUERY_NAMES, VALUE_NAMES
+    from peft_s2a.anatomy import FUSED_NAMES, QUERY_NAMES, VALUE_NAMES
 
     heads = _heads(model)
     layers = {name: layer for name, layer in model.named_modules() if not _in_any(name, heads)}
@@ -124,7 +124,7 @@ METHODS: dict[str, Method] = {
 
 
 def _heads(model: nn.Module) -> list[str]:
-    from peft_s2a.tuners.targets import find_task_heads
+    from peft_s2a.anatomy import find_task_heads
 
     return find_task_heads(model)
 

@@ -8,22 +8,9 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from peft_s2a.anatomy import BATCH_NORMS, CONVOLUTIONS, NORMALISATIONS, is_normalisation
 from peft_s2a.compat import has_global_module_hooks
 from peft_s2a.tuners.layer import S2ALayer
-
-
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-NORMALISATIONS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, *BATCH_NORMS)
-
-
-def is_normalisation(module: nn.Module) -> bool:
-    """Torch's normalisation layers, and a model's own ones that are called so and hold one scale vector."""
-    if isinstance(module, NORMALISATIONS):
-        return True
-    named_so = any(kind in type(module).__name__ for kind in ("LayerNorm", "RMSNorm"))
-    weight = getattr(module, "weight", None)
-    return named_so and isinstance(weight, nn.Parameter) and weight.dim() == 1
 
 
 def can_serve(module: nn.Module) -> bool:
@@ -149,7 +136,7 @@ class BiasLayer(S2ALayer):
         base_layer = self.get_base_layer()
         if isinstance(base_layer, CONVOLUTIONS):
             spatial_axes = len(base_layer.kernel_size)
-        elif isinstance(base_layer, (nn.GroupNorm, *BATCH_NORMS)):
+        elif isinstance(base_layer, (nn.GroupNorm, *BATCH_NORMS)) or _normalises_images(base_layer):
             spatial_axes = output.dim() - 2
         else:
             spatial_axes = 0
@@ -216,6 +203,11 @@ def _takes_bias_inside(layer: nn.Module, watched: bool) -> bool:
     if _is_stock(layer):
         return not watched
     return is_normalisation(layer)
+
+
+def _normalises_images(module: nn.Module) -> bool:
+    """Layer and RMS norms over the channels of [batch, channels, height, width], as timm calls them."""
+    return any("2d" in kind.__name__.lower() for kind in type(module).__mro__)
 
 
 def _call_with(

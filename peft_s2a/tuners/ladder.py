@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from peft_s2a.anatomy import input_width, projections
 from peft_s2a.compat import BufferDict
 from peft_s2a.tuners.layer import AttachedLayer, as_tensor, first_tensor, with_first_tensor, with_tensor
-from peft_s2a.tuners.side import frozen_projection, input_width, projections
+from peft_s2a.tuners.side import frozen_projection
 
 
 class _LadderBase(AttachedLayer):
@@ -73,8 +74,10 @@ class LadderRung(_LadderBase):
 
     def _read(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         x = first_tensor(args, kwargs)
-        # A block that starts with a convolution reads [batch, channels, ...], any other [..., channels].
-        if not isinstance(projections(self._host[0])[0], nn.Linear):
+        # What the block receives decides: [..., channels] as tokens have them, or [batch, channels, ...] as images do.
+        first = projections(self._host[0])[0]
+        width = input_width(first)
+        if x.shape[-1] != width or (x.dim() > 3 and x.shape[1] == width and not isinstance(first, nn.Linear)):
             x = x.movedim(1, -1)
         for name in self.adapters_in_use():
             self.in_flight[name] = F.linear(x, self.s2a_down[name].to(x.dtype))

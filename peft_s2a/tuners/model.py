@@ -13,26 +13,27 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from peft_s2a.activations.wrap import quantize_activations, restore_activations
+from peft_s2a.anatomy import (
+    BATCH_NORMS,
+    find_attention,
+    find_task_heads,
+    input_width,
+    output_width,
+    projections,
+    side_entry,
+)
 from peft_s2a.compat import BufferDict, ExcludedModule
 from peft_s2a.config import _S2ABaseConfig
 from peft_s2a.loading import check_values, some
 from peft_s2a.registration import PREFIX
 from peft_s2a.tuners.batch_norm import BatchNormLayer, FrozenStatistics
-from peft_s2a.tuners.bias import BATCH_NORMS, BiasLayer
+from peft_s2a.tuners.bias import BiasLayer
 from peft_s2a.tuners.ladder import LadderRung, LadderTop
 from peft_s2a.tuners.layer import AttachedLayer, S2ALayer
 from peft_s2a.tuners.prompt import InputPromptLayer, PromptLayer
-from peft_s2a.tuners.side import DEFAULT_RANK, SideLayer, input_width, output_width, projections
+from peft_s2a.tuners.side import DEFAULT_RANK, SideLayer
 from peft_s2a.tuners.structures import PARAMETER_NAMES
-from peft_s2a.tuners.targets import (
-    find_attention,
-    find_statistics,
-    find_task_heads,
-    is_excluded,
-    recorded_in,
-    resolve_targets,
-    side_entry,
-)
+from peft_s2a.tuners.targets import find_statistics, is_excluded, recorded_in, resolve_targets
 
 
 class S2AModel(BaseTuner):
@@ -226,6 +227,23 @@ class S2AModel(BaseTuner):
         yield
 
     # Removal.
+
+    def print_placement(self) -> None:
+        """Prints, for each adapter, the modules trained in full, how many modules carry each structure, and what was
+        left out and why."""
+        for name, config in self.peft_config.items():
+            print(f"{name}: trained in full: {', '.join(config.modules_to_save or ()) or 'nothing'}")
+            for structure, targets in config.structure_targets.items():
+                print(f"  {structure}: {len(targets)} modules")
+            for structure, reasons in (config.dropped_targets or {}).items():
+                for target, reason in reasons.items():
+                    print(f"  no {structure} on {target}: it {reason}")
+
+    def _get_module_names_tied_with_embedding(self) -> list[str]:
+        try:
+            return super()._get_module_names_tied_with_embedding()
+        except NotImplementedError:  # detectors, which have no input embeddings that anything could be tied to
+            return []
 
     @property
     def _quantizes_activations(self) -> bool:

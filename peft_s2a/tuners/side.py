@@ -11,37 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from peft_s2a.activations.structures import add_low_rank
+from peft_s2a.anatomy import ends, input_width, output_width, projections
 from peft_s2a.compat import BufferDict
-from peft_s2a.tuners.bias import CONVOLUTIONS, BiasLayer
+from peft_s2a.tuners.bias import BiasLayer
 from peft_s2a.tuners.layer import AttachedLayer, as_tensor, first_tensor, with_tensor
-
-
-# Small networks that make position biases, beside the path that features take.
-POSITION_NETWORKS = ("continuous_position_bias_mlp", "cpb_mlp", "relative_position_bias", "rel_pos")
-
-
-def projections(module: nn.Module) -> list[nn.Module]:
-    """The linear and convolution layers that features pass in `module` (or `module` itself), in order.
-
-    Those of adapters and of networks that make position biases are not among them.
-    """
-    if isinstance(module, BiasLayer):
-        module = module.get_base_layer()
-    if isinstance(module, (nn.Linear, *CONVOLUTIONS)):
-        return [module]
-    found = []
-    for name, child in module.named_children():
-        if not isinstance(child, AttachedLayer) and name not in POSITION_NETWORKS:
-            found.extend(projections(child))
-    return found
-
-
-def input_width(layer: nn.Module) -> int:
-    return layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
-
-
-def output_width(layer: nn.Module) -> int:
-    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
 
 
 DEFAULT_RANK = 32
@@ -134,8 +107,7 @@ class SideLayer(AttachedLayer):
     @cached_property
     def _ends(self) -> tuple[nn.Module, nn.Module]:
         """(the layer that reads the branch's input, the layer whose output width is the branch's)."""
-        entry = self._host[0] if self._split is None else self._split[1]
-        return projections(entry)[0], projections(self._host[0])[-1]
+        return ends(self._host[0], None if self._split is None else self._split[1])
 
     @property
     def in_features(self) -> int:

@@ -1,258 +1,59 @@
 """Where the structures go: the modules of a model that each of them can serve, and those it is put on by default.
 
-Everything is read off the modules' types, widths and the names that vision models give their projections, so models
-nobody listed are covered by the same rules as the listed ones. `UNUSED_MODULES` is all that depends on the model type.
+What the rules of `anatomy` propose is checked before it is kept, against a forward pass on fake tensors where one can be
+made: a structure sits on nothing that is not called, that does not keep the positions it reads, or that the result does
+not depend on.
 """
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.error import NoMatchingPeftModuleError
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
-from transformers import MODEL_FOR_BACKBONE_MAPPING, MODEL_MAPPING, PreTrainedModel
 
+from peft_s2a.anatomy import (
+    BATCH_NORMS,
+    FUSED_NAMES,
+    KEY_NAMES,
+    Attention,
+    Usage,
+    ends,
+    find_attention,
+    find_blocks,
+    find_mlps,
+    find_stages,
+    find_stem,
+    find_task_heads,
+    held_aside,
+    input_width,
+    is_normalisation,
+    observe,
+    output_width,
+    projections,
+    saved_whole,
+    side_entry,
+    visible_modules,
+)
 from peft_s2a.config import STRUCTURES, S2AConfig, _S2ABaseConfig
 from peft_s2a.registration import PREFIX
 from peft_s2a.tuners import bias, side
-from peft_s2a.tuners.bias import BATCH_NORMS, CONVOLUTIONS, BiasLayer, is_normalisation
+from peft_s2a.tuners.bias import BiasLayer
 from peft_s2a.tuners.ladder import LadderRung
-from peft_s2a.tuners.layer import AttachedLayer
 from peft_s2a.tuners.prompt import PromptLayer
 
 
-QUERY_NAMES = {"q_proj", "query", "q", "to_q", "wq"}
-KEY_NAMES = {"k_proj", "key", "k", "to_k", "wk"}
-VALUE_NAMES = {"v_proj", "value", "v", "to_v", "wv"}
-FUSED_NAMES = {"qkv", "qkv_proj", "in_proj", "query_key_value", "to_qkv"}
-OUTPUT_NAMES = {"o_proj", "out_proj", "proj", "dense", "projection", "to_out", "wo", "out"}
-HEAD_COUNT_NAMES = ("num_attention_heads", "num_heads", "n_heads", "heads")
+logger = logging.getLogger(__name__)
+
 STRUCTURE_OF_LAYER = {
     PromptLayer.attribute: "prompt",
     side.SideLayer.attribute: "side",
     LadderRung.attribute: "ladder",
 }
-PLAIN_HEAD_NAMES = ("classifier", "head", "fc", "score")
-
-# Modules whose output does not reach the loss in the usual heads; training them would leave gradients empty.
-UNUSED_MODULES = {
-    "clip": r"(.*\.)?(text_model(\..*)?|post_layernorm|text_projection|visual_projection)",
-    "clip_vision_model": r"(.*\.)?post_layernorm",
-    "siglip": r"(.*\.)?(text_model(\..*)?|vision_model\.head(\..*)?)",
-    "siglip2": r"(.*\.)?(text_model(\..*)?|vision_model\.head(\..*)?)",
-    "upernet": r"backbone\.\w+\.layernorm",  # backbones have a norm for each feature map they put out
-}
-
-
-@dataclass(frozen=True)
-class Attention:
-    """The parts of an attention layer that prompts need.
-
-    Args:
-        query: the query projection, or the fused one that starts with the query.
-        output: the output projection.
-        num_heads: attention heads.
-        width: width of all heads together.
-    """
-
-    query: nn.Linear
-    output: nn.Linear
-    num_heads: int
-    width: int
-
-
-def visible_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name, base module) of all modules but the root, as if no adapter were there.
-
-    Wrapped leaves appear under the wrapper's name; what adapters and `modules_to_save` added does not appear, nor do
-    the parts of an `nn.MultiheadAttention`, which it never calls as modules.
-    """
-    hidden: list[str] = []
-    for name, module in model.named_modules():
-        if not name or any(name.startswith(prefix) for prefix in hidden):
-            continue
-        if isinstance(module, (AuxiliaryTrainingWrapper, BaseTunerLayer, nn.MultiheadAttention)):
-            hidden.append(f"{name}.")
-        if isinstance(module, BiasLayer):
-            yield name, module.get_base_layer()
-        elif not isinstance(module, (AuxiliaryTrainingWrapper, BaseTunerLayer)):
-            yield name, module
-
-
-def find_task_heads(model: nn.Module) -> list[str]:
-    """The names of the modules that turn a backbone's features into the task's output.
-
-    For transformers models these are all children with weights beside the base model, or those named so where the base
-    model is no child of its own (CLIP, SigLIP, UperNet); a bare backbone has none. timm models say what their
-    classifier is; in other modules it is a child with one of the usual names.
-    """
-    timm_model = getattr(model, "timm_model", model)
-    children = dict(model.named_children())
-    if hasattr(timm_model, "get_classifier"):
-        classifier = timm_model.get_classifier()
-        candidates = [classifier] if isinstance(classifier, nn.Module) else list(classifier or ())
-        names = [name for name, module in model.named_modules() if any(module is item for item in candidates)]
-    elif isinstance(model, PreTrainedModel):
-        base_model = model.base_model
-        if _is_bare_backbone(model):
-            names = []
-        elif base_model is not model:
-            names = [name for name, module in children.items() if module is not base_model]
-        else:
-            names = [name for name in children if name.endswith(("classifier", "head"))]
-    else:
-        names = [name for name in PLAIN_HEAD_NAMES if name in children][:1]
-    return [name for name in names if any(True for _ in model.get_submodule(name).parameters())]
-
-
-def _is_bare_backbone(model: PreTrainedModel) -> bool:
-    classes: list[type] = []
-    for mapping in (MODEL_MAPPING, MODEL_FOR_BACKBONE_MAPPING):
-        found = mapping.get(type(model.config), ())
-        classes.extend(found if isinstance(found, (list, tuple)) else [found])
-    return type(model) in classes
-
-
-def find_attention(model: nn.Module) -> dict[str, Attention]:
-    """The attention layers of a model, by name (`""`: the module itself).
-
-    For each query projection this is the smallest module that also holds the output projection.
-    """
-    modules = {"": model, **dict(visible_modules(model))}
-    found: dict[str, Attention] = {}
-    for name, query in modules.items():
-        own_name = name.rpartition(".")[2]
-        if not isinstance(query, nn.Linear) or own_name not in QUERY_NAMES | FUSED_NAMES:
-            continue
-        is_fused = own_name in FUSED_NAMES
-        width = query.out_features // 3 if is_fused else query.out_features
-        parent_name = name
-        for _ in range(min(2, name.count(".") + 1)):
-            parent_name = parent_name.rpartition(".")[0]
-            if parent_name not in modules or parent_name in found:
-                break
-            output = _output_projection(parent_name, modules, width)
-            if output is None:
-                continue
-            inside = [modules[parent_name], modules.get(name.rpartition(".")[0], modules[parent_name])]
-            if not any(_reads_weights_directly(module) for module in inside):
-                found[parent_name] = Attention(query, output, _head_count(inside, width), width)
-            break
-    return found
-
-
-def _output_projection(parent_name: str, modules: dict[str, nn.Module], width: int) -> nn.Linear | None:
-    prefix = f"{parent_name}." if parent_name else ""
-    candidates = [
-        module
-        for name, module in modules.items()
-        if name.startswith(prefix)
-        and name.rpartition(".")[2] in OUTPUT_NAMES
-        and isinstance(module, nn.Linear)
-        and module.in_features == width
-    ]
-    return candidates[-1] if candidates else None
-
-
-def _reads_weights_directly(module: nn.Module) -> bool:
-    """Attention that never calls its fused projection (timm's with separate biases), or whose tokens do not stay."""
-    has_separate_bias = isinstance(getattr(module, "q_bias", None), nn.Parameter)
-    return has_separate_bias or getattr(module, "query_stride", 1) not in (1, None)
-
-
-def _head_count(modules: list[nn.Module], width: int) -> int:
-    for module in modules:
-        for name in HEAD_COUNT_NAMES:
-            count = getattr(module, name, None)
-            if isinstance(count, int) and count > 0 and width % count == 0:
-                return count
-    return width // 64 if width % 64 == 0 else 1
-
-
-def find_mlps(model: nn.Module) -> list[str]:
-    """The MLPs of a model: the smallest modules of Linears (and depthwise convolutions) with equal widths in and out.
-
-    An MLP split over two siblings `intermediate` and `output` is named by the latter.
-    """
-    attention = find_attention(model)
-    modules = dict(visible_modules(model))
-    found: list[str] = []
-    for name, module in modules.items():
-        if any(key == name or key.startswith(f"{name}.") or name.startswith(f"{key}.") for key in attention):
-            continue
-        layers = side.projections(module)
-        linears = [layer for layer in layers if isinstance(layer, nn.Linear)]
-        parent_name, _, own_name = name.rpartition(".")
-        entry = side_entry(model.get_submodule(parent_name), own_name)
-        if entry is not None:
-            linears = [*side.projections(entry), *linears]
-        elif not any(True for _ in module.children()):
-            continue
-        is_mlp = (
-            len(linears) >= 2
-            and linears[0].in_features == linears[-1].out_features
-            and linears[0].out_features >= linears[0].in_features
-            and all(isinstance(layer, nn.Linear) or layer.groups == layer.in_channels for layer in layers)
-        )
-        if is_mlp and (entry is not None or isinstance(layers[0], nn.Linear) or layers[0].groups > 1):
-            found.append(name)
-    return [name for name in found if not any(other.startswith(f"{name}.") for other in found)]
-
-
-def side_entry(parent: nn.Module, name: str) -> nn.Module | None:
-    """For the second half of an MLP split over siblings `intermediate` and `output` the first; None for others."""
-    entry = getattr(parent, "intermediate", None)
-    if name != "output" or not isinstance(entry, nn.Module):
-        return None
-    return entry if all(isinstance(layer, nn.Linear) for layer in side.projections(entry)) else None
-
-
-def find_stages(model: nn.Module) -> list[str]:
-    """The stages of a convolutional network: from the root down, the first place where its convolutions are shared out
-    over several modules."""
-    heads = find_task_heads(model)
-    name, module = "", model
-    while True:
-        children = {
-            f"{name}.{key}" if name else key: child
-            for key, child in module.named_children()
-            if not isinstance(child, (AttachedLayer, AuxiliaryTrainingWrapper))
-        }
-        counts = {
-            key: sum(isinstance(layer, CONVOLUTIONS) for layer in side.projections(child))
-            for key, child in children.items()
-            if key not in heads
-        }
-        total = sum(counts.values())
-        stages = [key for key, count in counts.items() if count >= 2]
-        largest = max(counts, key=counts.get, default=None)
-        if total and largest in stages and (len(stages) == 1 or counts[largest] > 0.9 * total):
-            name, module = largest, children[largest]
-            continue
-        return stages
-
-
-def find_blocks(model: nn.Module) -> list[str]:
-    """The blocks a ladder runs beside: the elements of lists that hold attention or MLPs, else the stages."""
-    parts = [*find_attention(model), *find_mlps(model)]
-    modules = dict(visible_modules(model))
-    blocks = []
-    for name in modules:
-        own_name = name.rpartition(".")[2]
-        if own_name.isdigit() and any(part == name or part.startswith(f"{name}.") for part in parts):
-            blocks.append(name)
-    innermost = [name for name in blocks if not any(other.startswith(f"{name}.") for other in blocks)]
-    return innermost or find_stages(model)
-
-
-def find_stem(model: nn.Module) -> str | None:
-    """The first convolution: what reads the image."""
-    return next((name for name, module in visible_modules(model) if isinstance(module, nn.Conv2d)), None)
 
 
 def resolve_targets(model: nn.Module, config: _S2ABaseConfig) -> dict[str, list[str]]:
@@ -264,32 +65,185 @@ def resolve_targets(model: nn.Module, config: _S2ABaseConfig) -> dict[str, list[
 
     Returns:
         structure ("bias", "prompt", "side", or "ladder" in ladder mode) -> full module names; under "statistics" the
-        batch normalisations whose running statistics are frozen or belong to the adapter.
+        batch normalisations whose running statistics are frozen or belong to the adapter. What the defaults propose
+        and a module cannot carry is left out, logged, and noted in `config.dropped_targets`.
 
     Raises:
         NoMatchingPeftModuleError: (a ValueError) if a requested structure has no place to go, or if recorded targets
             are not in this model.
-        ValueError: if recorded targets do not fit the modules or the structures of the configuration.
+        ValueError: if recorded targets do not fit the modules or the structures of the configuration, or a module
+            that the user named cannot carry any of them.
     """
     ladder = getattr(config, "side_mode", "residual") == "ladder"
     structures = ("ladder",) if ladder else config.structures
+    # In the order of the model, and where it is known that of use, which a ladder follows.
+    order = {name: index for index, (name, _) in enumerate(visible_modules(model))}
     if config.structure_targets is not None:
         targets = config.structure_targets
         _check_recorded_targets(model, config, structures)
     else:
+        checks = _Checks(model)
         find = _default_targets if config.target_modules is None else _named_targets
-        targets = find(model, config, structures)
+        targets = find(model, config, structures, checks)
         # Of structures that nobody asked for, those without a place do not stand in the way of named targets.
         if config.target_modules is not None and structures == STRUCTURES and any(targets.values()):
             targets = {structure: names for structure, names in targets.items() if names}
         for structure in structures:
             if structure in targets and not targets[structure]:
                 _raise_no_place(model, config, structure)
+        if ladder:
+            checks.refuse_heads_without_features(find_task_heads(model))
         if statistics := find_statistics(model, config):
             targets["statistics"] = statistics
-    # In the order of the model, which a ladder follows.
-    order = {name: index for index, (name, _) in enumerate(visible_modules(model))}
+        config.dropped_targets = checks.report(structures) or None
+        if ladder and checks.usage is not None:
+            called = {name: index for index, name in enumerate(checks.usage.calls)}
+            order = {name: called.get(name, index) for name, index in order.items()}
     return {structure: sorted(names, key=order.__getitem__) for structure, names in targets.items()}
+
+
+class _Checks:
+    """Tells which modules cannot carry a structure, from a forward pass on fake tensors (`anatomy.observe`).
+
+    Where no such pass can be made nothing is known, and nothing objected to.
+
+    Args:
+        model: the model, possibly with adapters already.
+
+    Attributes:
+        usage: how the forward pass uses the model; None if it could not be followed.
+        attention: the attention layers, as `find_attention` gives them.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.usage: Usage | None = observe(model)
+        self.attention = find_attention(model)
+        self._held_aside = held_aside(model)
+        self._names = {id(module): name for name, module in visible_modules(model)}
+        self._dropped: dict[tuple[str, str], list[str]] = {}
+
+    def keep(self, structure: str, names: Iterable[str]) -> list[str]:
+        """Those of `names` that can carry `structure`. Parts that the result does not depend on are left out quietly;
+        others are remembered for the report."""
+        kept = []
+        for name in names:
+            if not self.is_used(name):
+                continue
+            if reason := self.objection(structure, name):
+                self._dropped.setdefault((structure, reason), []).append(name)
+            else:
+                kept.append(name)
+        return kept
+
+    def report(self, structures: Iterable[str]) -> dict[str, dict[str, str]]:
+        """Logs what was left out of the structures, and returns it: structure -> name -> reason."""
+        found: dict[str, dict[str, str]] = {}
+        for (structure, reason), names in self._dropped.items():
+            if structure in structures:
+                logger.warning("No %s on %s: it %s.", structure, ", ".join(names), reason)
+                found.setdefault(structure, {}).update(dict.fromkeys(names, reason))
+        return found
+
+    def is_used(self, name: str) -> bool:
+        """Whether the result depends on the module, as far as that can be told."""
+        if self.usage is None or not self.usage.knows(name):
+            return True
+        is_reached = name not in self.usage.dead if self.usage.reached is None else name in self.usage.reached
+        return name in self.usage.calls and is_reached
+
+    def objection(self, structure: str, name: str) -> str | None:
+        """Why the module cannot carry the structure, as a predicate of it; None if it can, or nothing is known."""
+        module = self.model.get_submodule(name)
+        if id(module) in self._held_aside and projections(module) in ([module], []):
+            return "is called through a list that its parent keeps, past any wrapper"
+        if self.usage is None or name not in self.usage.calls:
+            return None
+        check: Callable[[str], str | None] = {
+            "side": self._side, "prompt": self._prompt, "ladder": self._ladder
+        }.get(structure, lambda name: None)  # fmt: skip
+        return check(name)
+
+    def _side(self, name: str) -> str | None:
+        host = self.model.get_submodule(name)
+        parent_name, _, own_name = name.rpartition(".")
+        entry = side_entry(self.model.get_submodule(parent_name), own_name)
+        if not projections(host):
+            return "holds no linear layer or convolution"
+        first, last = ends(host, entry)
+        read = self.usage.calls.get(name if entry is None else f"{parent_name}.intermediate".lstrip("."), ())
+        for before, after in zip(read, self.usage.calls[name]):
+            x, y = before.input, after.output
+            if x is None or y is None:
+                return "does not read and return single tensors"
+            if not before.reads:
+                return "reads a constant"
+            if isinstance(first, nn.Linear):
+                fits = x[:-1] == y[:-1]
+                fits = fits and (x[-1], y[-1]) == (first.in_features, output_width(last))
+            else:
+                fits = len(x) == len(y) and len(x) in (3, 4)
+                fits = fits and (x[1], y[1]) == (input_width(first), output_width(last))
+                fits = fits and len(first.kernel_size) == len(x) - 2 and x[0] == y[0]
+            if not fits:
+                return f"turns {tuple(x)} into {tuple(y)}, between which no branch of its first and last layer fits"
+        return None
+
+    def _prompt(self, name: str) -> str | None:
+        if name not in self.attention:  # the pattern on the image
+            calls = self.usage.calls[name]
+            is_image = all(call.input is not None and len(call.input) == 4 and call.reads for call in calls)
+            return None if is_image else "does not read an image"
+        parts = self.attention[name]
+        queries, outputs = (
+            self.usage.calls.get(self._names.get(id(layer), ""), ()) for layer in (parts.query, parts.output)
+        )
+        if len(queries) != len(outputs) or not queries:
+            return "does not call its query and output projections equally often"
+        for query, output in zip(queries, outputs):
+            q, attended = query.output, output.input
+            if q is None or attended is None or len(q) < 3 or len(attended) < 3:
+                return "has no sequence of queries"
+            if q[:-1].numel() != attended[:-1].numel() or attended[-1] != parts.width:
+                return "does not keep its tokens between the query and the output projection"
+        return None
+
+    def _ladder(self, name: str) -> str | None:
+        layers = projections(self.model.get_submodule(name))
+        for call in self.usage.calls[name]:
+            if call.input is None or not call.reads:
+                return "does not read features"
+            samples = call.input[0] == self._samples
+            if (
+                not layers
+                or len(call.input) < 3
+                or not samples
+                or input_width(layers[0]) not in (call.input[1], call.input[-1])
+            ):
+                return "does not read a batch of features of the width of its first layer"
+        return None
+
+    @property
+    def _samples(self) -> int:
+        return next(call.input[0] for calls in self.usage.calls.values() for call in calls if call.input is not None)
+
+    def refuse_heads_without_features(self, heads: list[str]) -> None:
+        """A ladder joins the features that all heads read, which must be tensors of one width."""
+        if self.usage is None:
+            return
+        calls = {name: self.usage.calls[name][0] for name in heads if name in self.usage.calls}
+        width = input_width(projections(self.model.get_submodule(heads[0]))[0]) if heads else None
+        unfit = [
+            name
+            for name, call in calls.items()
+            if call.input is None or width not in (call.input[-1], call.input[min(1, len(call.input) - 1)])
+        ]
+        if unfit:
+            raise NoMatchingPeftModuleError(
+                f"A ladder joins the features that the heads of {type(self.model).__name__} read, but {unfit[0]!r} reads "
+                "no single tensor of the others' width (several feature maps, say). Use `side_mode='residual'` instead of "
+                "a ladder."
+            )
 
 
 def find_statistics(model: nn.Module, config: _S2ABaseConfig) -> list[str]:
@@ -330,7 +284,7 @@ def _check_recorded_targets(model: nn.Module, config: _S2ABaseConfig, structures
                 f"or a new {type(config).__name__} for a new model."
             )
         for name in names:
-            is_stem = structure == "prompt" and not attention and isinstance(modules[name], nn.Conv2d)
+            is_stem = structure == "prompt" and isinstance(modules[name], nn.Conv2d)
             if not is_stem and not _can_carry(structure, name, modules[name], attention):
                 raise ValueError(
                     f"`structure_targets` puts {structure!r} on {name!r}, a {type(modules[name]).__name__}, which "
@@ -393,37 +347,58 @@ def is_excluded(config: _S2ABaseConfig, name: str) -> bool:
 
 
 def _is_saved_whole(config: _S2ABaseConfig, name: str) -> bool:
-    return any(re.match(rf"(^|.*\.){key}($|\..*)", name) for key in config.modules_to_save or ())
+    return saved_whole(config.modules_to_save or (), name)
 
 
-def _default_targets(model: nn.Module, config: _S2ABaseConfig, structures: tuple[str, ...]) -> dict[str, list[str]]:
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    unused = UNUSED_MODULES.get(model_type)
+def _default_targets(
+    model: nn.Module, config: _S2ABaseConfig, structures: tuple[str, ...], checks: _Checks
+) -> dict[str, list[str]]:
+    if config.modules_to_save and checks.usage is not None and checks.usage.reached is not None:
+        # A frozen backbone behind which only the head is trained leaves no other place (CLIPSeg).
+        outside = (name for name, module in visible_modules(model) if bias.can_serve(module) and checks.is_used(name))
+        if all(is_excluded(config, name) for name in outside):
+            logger.warning(
+                "Nothing but %s learns in %s: it is adapted instead of trained whole.",
+                ", ".join(config.modules_to_save),
+                type(model).__name__,
+            )
+            config.modules_to_save = []
+    modules = dict(visible_modules(model))
+    saved = (module for name, module in modules.items() if saved_whole(config.modules_to_save or (), name))
+    tied = {id(parameter) for module in saved for parameter in module.parameters()}  # other names of the same heads
+    names = {
+        name
+        for name, module in modules.items()
+        if not any(id(parameter) in tied for parameter in module.parameters(recurse=False))
+    }
 
-    def keep(names: list[str]) -> list[str]:
-        return [
+    def keep(structure: str, proposed: Iterable[str]) -> list[str]:
+        wanted = (
             name
-            for name in names
-            if _in_selected_layers(config, name)
-            and not is_excluded(config, name)
-            and not (unused and re.fullmatch(unused, name))
-        ]
+            for name in proposed
+            if name in names and _in_selected_layers(config, name) and not is_excluded(config, name)
+        )
+        return checks.keep(structure, wanted)
 
-    attention = find_attention(model)
-    mlps = find_mlps(model)
+    attention = checks.attention
     targets: dict[str, list[str]] = {}
     if "bias" in structures:
-        targets["bias"] = keep(_default_bias_targets(model, config))
+        targets["bias"] = keep("bias", _default_bias_targets(model, config))
     if "prompt" in structures:
-        stem = find_stem(model)
-        targets["prompt"] = keep(list(attention) if attention else [stem] if stem else [])
+        stem = find_stem(model, checks.usage)
+        targets["prompt"] = keep("prompt", attention) or (keep("prompt", [stem]) if stem else [])
     if "side" in structures:
         same_width = [
             name for name, parts in attention.items() if parts.query.in_features == parts.output.out_features
         ]
-        targets["side"] = keep([*mlps, *same_width]) or keep(find_stages(model)) or keep(_single_projections(model))
+        targets["side"] = (
+            keep("side", [*find_mlps(model), *same_width])
+            or keep("side", find_stages(model))
+            or keep("side", find_blocks(model))
+            or keep("side", _single_projections(model))
+        )
     if "ladder" in structures:
-        targets["ladder"] = keep(find_blocks(model))
+        targets["ladder"] = keep("ladder", find_blocks(model)) or keep("ladder", find_stages(model))
     return targets
 
 
@@ -461,20 +436,40 @@ def _single_projections(model: nn.Module) -> list[str]:
     ]
 
 
-def _named_targets(model: nn.Module, config: _S2ABaseConfig, structures: tuple[str, ...]) -> dict[str, list[str]]:
+def _named_targets(
+    model: nn.Module, config: _S2ABaseConfig, structures: tuple[str, ...], checks: _Checks
+) -> dict[str, list[str]]:
     """The structures that each module named by the user can carry."""
     modules = dict(visible_modules(model))
-    if isinstance(config.target_modules, str) and config.target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+    is_shorthand = (
+        isinstance(config.target_modules, str) and config.target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
+    )
+    if is_shorthand:
         # PEFT's own resolution does not see linear layers inside our wrappers.
         config.target_modules = {name for name, module in modules.items() if isinstance(module, nn.Linear)}
-    attention = find_attention(model)
     blocks = find_blocks(model) if "ladder" in structures else ()
     targets: dict[str, list[str]] = {structure: [] for structure in structures}
     matched = [name for name in modules if check_target_module_exists(config, name)]
     for name in matched:
+        objections = {}
         for structure in structures:
-            if name in blocks if structure == "ladder" else _can_carry(structure, name, modules[name], attention):
+            suits = (
+                name in blocks
+                if structure == "ladder"
+                else _can_carry(structure, name, modules[name], checks.attention)
+            )
+            if not suits:
+                continue
+            if reason := checks.objection(structure, name):
+                objections[structure] = reason
+            else:
                 targets[structure].append(name)
+        if objections and not is_shorthand and not any(name in names for names in targets.values()):
+            structure, reason = next(iter(objections.items()))
+            raise ValueError(
+                f"`target_modules` names {name!r}, a {type(modules[name]).__name__}, on which {structure!r} cannot sit: "
+                f"it {reason}. Leave it out with `exclude_modules`."
+            )
     if not matched:
         message = f"Target modules {config.target_modules} not found in the base model. "
         if config.layers_to_transform is not None:

@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
 
 from peft_s2a import S2ABiasConfig, S2AConfig, S2ASideConfig
-from peft_s2a.tuners.bias import BATCH_NORMS
+from peft_s2a.anatomy import BATCH_NORMS
 
 
 CONFIGS = {

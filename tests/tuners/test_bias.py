@@ -11,7 +11,8 @@ from torch import nn
 from transformers.models.convnext.modeling_convnext import ConvNextLayerNorm
 
 from peft_s2a import S2ABiasConfig
-from peft_s2a.tuners.bias import BiasLayer, can_serve, is_normalisation
+from peft_s2a.anatomy import is_normalisation
+from peft_s2a.tuners.bias import BiasLayer, can_serve
 
 
 LAYERS = {

@@ -21,7 +21,8 @@ from transformers import (
 )
 
 from peft_s2a import S2ABiasConfig, S2AConfig, S2APromptConfig, S2ASideConfig
-from peft_s2a.tuners.targets import find_attention, find_blocks, find_mlps, find_stages, find_task_heads, recorded_in
+from peft_s2a.anatomy import find_attention, find_blocks, find_mlps, find_stages, find_task_heads
+from peft_s2a.tuners.targets import recorded_in
 
 
 HEADS = {
@@ -123,9 +124,11 @@ class TestHeads:
         assert not without
 
     def test_heads_of_several_feature_maps_are_no_place_for_a_ladder(self):
-        model = get_peft_model(upernet(), S2ASideConfig(side_mode="ladder"))
+        model = upernet()
+        before = snapshot(model)
         with pytest.raises(ValueError, match="`side_mode='residual'` instead of a ladder"):
-            model(torch.randn(2, 3, 32, 32))
+            get_peft_model(model, S2ASideConfig(side_mode="ladder"))
+        assert_untouched(model, before)
 
 
 def upernet() -> UperNetForSemanticSegmentation:
@@ -266,9 +269,11 @@ class TestNamedTargets:
         assert found == {"bias": ["0", "2"], "side": ["0", "2"]}
 
     def test_a_module_that_returns_no_tensor_says_so(self):
-        model = get_peft_model(families.build("vit"), S2ASideConfig(target_modules=["vit"]))
-        with pytest.raises(ValueError, match=r"returns a BaseModelOutput\w* .* `exclude_modules`"):
-            model(families.batch("vit")[0])
+        model = families.build("vit")
+        before = snapshot(model)
+        with pytest.raises(ValueError, match=r"names 'vit', a ViTModel, .* single tensors.* `exclude_modules`"):
+            get_peft_model(model, S2ASideConfig(target_modules=["vit"]))
+        assert_untouched(model, before)
 
 
 class TestRecordedTargets:
