@@ -6,8 +6,9 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -219,7 +220,7 @@ def stand_in(
     model: nn.Module, fake: Callable[[torch.Tensor], torch.Tensor], *, trainable: bool = False
 ) -> Iterator[None]:
     """Puts fake tensors in the place of parameters and buffers. Afterwards every module has its own attributes again,
-    so nothing that it remembered inside (cached tables, say) is left in it.
+    so nothing that it remembered inside (cached tables, say) is left in it, nor in the caches of its code.
 
     Args:
         model: any module.
@@ -229,6 +230,7 @@ def stand_in(
     fakes: dict[int, torch.Tensor] = {}  # by identity, so that tied parameters stay tied
     modules = list(model.modules())
     originals = [dict(vars(module)) for module in modules]
+    caches = {cache: cache.cache_info().misses for cache in _caches(modules)}
     try:
         for module, attributes in zip(modules, originals):
             for name, value in attributes.items():
@@ -252,3 +254,25 @@ def stand_in(
         for module, attributes in zip(modules, originals):
             vars(module).clear()
             vars(module).update(attributes)
+        for cache, misses in caches.items():
+            if cache.cache_info().misses != misses:
+                cache.cache_clear()
+
+
+def _caches(modules: Iterable[nn.Module]) -> Iterator[functools._lru_cache_wrapper]:
+    """The caches of methods, and of functions beside them, that are shared by all models: `functools.lru_cache`, plain
+    or inside another decorator."""
+    classes = {base for module in modules for base in type(module).__mro__ if issubclass(base, nn.Module)}
+    files = {sys.modules[cls.__module__] for cls in classes if cls.__module__ in sys.modules}
+    for holder in (*classes, *files):
+        name = holder.__name__ if holder in files else holder.__module__
+        for function in list(vars(holder).values()):
+            function = getattr(function, "__func__", function)  # of static methods
+            if getattr(function, "__module__", None) != name:
+                continue
+            for cell in getattr(function, "__closure__", None) or ():
+                with suppress(ValueError):  # an empty cell
+                    if isinstance(cell.cell_contents, functools._lru_cache_wrapper):
+                        yield cell.cell_contents
+            if isinstance(function, functools._lru_cache_wrapper):
+                yield function

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 
+import families
 import pytest
 import torch
 import zoo
@@ -114,6 +115,13 @@ class TestChecks:
         for name, tensor in model.state_dict(keep_vars=True).items():
             assert tensor is before[name][0] and torch.equal(tensor, before[name][1])
         assert model.training and not any(module._forward_hooks for module in model.modules())
+
+    @pytest.mark.parametrize("family", ["beit", "dinov3"])
+    def test_observing_leaves_nothing_in_the_caches_of_functions(self, family):
+        """Of a static method and of a function beside the classes, which hold tables of positions."""
+        model = families.build(family)
+        assert observe(model).is_complete
+        assert type(families.logits(model, families.batch(family)[0])) is torch.Tensor
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_half_precision_models_can_be_observed(self, dtype):

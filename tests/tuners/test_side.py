@@ -239,15 +239,25 @@ def test_what_can_be_served():
         assert not can_serve(module)
 
 
-def test_modules_that_change_their_layout_say_so():
-    class Patches(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv2d(3, 8, 4, 4)
+class Patches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 4, 4)
 
-        def forward(self, x):
-            return self.conv(x).flatten(2).mT
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x).flatten(2).mT
 
-    model = get_peft_model(Wrapper(Patches()), S2ASideConfig(target_modules=["target"]))
+
+def test_named_modules_that_change_their_layout_are_refused():
+    with pytest.raises(ValueError, match="on which 'side' cannot sit: it turns"):
+        get_peft_model(Wrapper(Patches()), S2ASideConfig(target_modules=["target"]))
+
+
+def test_modules_that_change_their_layout_say_so_where_the_models_inputs_are_not_known():
+    class TakesMore(Wrapper):
+        def forward(self, x: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + offset
+
+    model = get_peft_model(TakesMore(Patches()), S2ASideConfig(target_modules=["target"]))
     with pytest.raises(ValueError, match=r"input has shape \(1, 3, 8, 8\) and its output \(1, 4, 8\)"):
-        model(torch.randn(1, 3, 8, 8))
+        model(torch.randn(1, 3, 8, 8), torch.zeros(()))
