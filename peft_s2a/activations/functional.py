@@ -131,11 +131,13 @@ def _encode_derivative(x: Tensor, name: str, params: dict, table: CodeTable, qua
 
 class _Activation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, name, params, table, quantizer, inplace):
+    def forward(ctx, x, name, params, table, quantizer, inplace, gate=None):
         function = activation_function(name)
         ctx.order = _memory_order(x)
         ctx.table, ctx.quantizer = table, quantizer
         ctx.save_for_backward(_encode_derivative(_flat(x, ctx.order), name, params, table, quantizer))
+        if gate is not None:
+            return x * gate
         if inplace:
             ctx.mark_dirty(x)
             return function.forward_(x, **params)
@@ -147,7 +149,7 @@ class _Activation(torch.autograd.Function):
         (packed,) = ctx.saved_tensors
         flat = _flat(grad, ctx.order)
         d_x = ctx.quantizer.ops.scale_by_levels(flat, packed, ctx.table.levels, ctx.table.bits)
-        return _unflat(d_x, grad.shape, ctx.order), None, None, None, None, None
+        return _unflat(d_x, grad.shape, ctx.order), None, None, None, None, None, None
 
 
 def activation(x: Tensor, name: str, *, quantizer: Quantizer, inplace: bool = False, **params: float) -> Tensor:
@@ -168,12 +170,22 @@ def activation(x: Tensor, name: str, *, quantizer: Quantizer, inplace: bool = Fa
     inplace = inplace and function.forward_ is not None
     if not _recording(x):
         return (function.forward_ if inplace else function.forward)(x, **params)
-    items = tuple(sorted(params.items()))
-    stochastic = quantizer.rounding == "stochastic"
-    table = code_table(name, items, quantizer.bits, quantizer.levels, x.dtype == torch.float64, stochastic)
+    table = _code_table(x, name, params, quantizer)
     if inplace and torch.compiler.is_compiling():  # whose autograd functions cannot change their input
         return x.copy_(_Activation.apply(x, name, params, table, quantizer, False))
     return _Activation.apply(x, name, params, table, quantizer, inplace)
+
+
+def _code_table(x: Tensor, name: str, params: dict[str, float], quantizer: Quantizer) -> CodeTable:
+    items = tuple(sorted(params.items()))
+    stochastic = quantizer.rounding == "stochastic"
+    return code_table(name, items, quantizer.bits, quantizer.levels, x.dtype == torch.float64, stochastic)
+
+
+def self_gated(x: Tensor, gate: Tensor, name: str, *, quantizer: Quantizer) -> Tensor:
+    """``x * gate`` as a model writes activation function ``name``, SiLU or CLIP's QuickGELU, with ``gate = sigmoid(c * x)``
+    without a gradient of its own. Keeps what `activation` does."""
+    return _Activation.apply(x, name, {}, _code_table(x, name, {}, quantizer), quantizer, False, gate)
 
 
 # rows from which on a norm's columns are standardised (bfloat16 mean and deviation each): there they weigh little
@@ -184,8 +196,10 @@ class _RowNorm(torch.autograd.Function):
     """LayerNorm and RMSNorm: the trailing dimensions are one row of ``count`` values."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, normalized_shape, eps, center, quantizer):
-        if center:
+    def forward(ctx, x, weight, bias, normalized_shape, eps, center, quantizer, factor=None):
+        if factor is not None:
+            y = (x if weight is None else weight) * factor
+        elif center:
             y = F.layer_norm(x, normalized_shape, weight, bias, eps)
         else:
             y = F.rms_norm(x, normalized_shape, weight, eps)
@@ -227,7 +241,7 @@ class _RowNorm(torch.autograd.Function):
             d.view(like[0]).to(like[1]) if want else None
             for d, like, want in zip((d_weight, d_bias), ctx.parameter_like, wanted[1:])
         ]
-        return (d_x if wanted[0] else None, *d_parameters, None, None, None, None)
+        return (d_x if wanted[0] else None, *d_parameters, None, None, None, None, None)
 
 
 def layer_norm(
@@ -265,6 +279,15 @@ def rms_norm(
     if not _recording(x, weight):
         return F.rms_norm(x, normalized_shape, weight, eps)
     return _RowNorm.apply(x, weight, None, tuple(normalized_shape), eps, False, quantizer)
+
+
+def rms_normalized(
+    x: Tensor, factor: Tensor, eps: float, weight: Tensor | None = None, *, quantizer: Quantizer
+) -> Tensor:
+    """RMSNorm over the last dimension as a model writes it: ``x * factor`` with ``factor = rsqrt(mean(x ** 2) + eps)``, or
+    ``weight * factor`` with ``factor`` what is normalised already; without gradients of its own, either. Keeps what
+    `rms_norm` does."""
+    return _RowNorm.apply(x, weight, None, x.shape[-1:], eps, False, quantizer, factor)
 
 
 _last_query = threading.local()
@@ -457,36 +480,38 @@ def softmax(x: Tensor, dim: int, *, quantizer: Quantizer) -> Tensor:
 
 class _GatedActivation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate, up, name, params, quantizer):
-        ctx.name, ctx.params, ctx.quantizer = name, params, quantizer
+    def forward(ctx, gate, up, name, params, quantizer, activated):
+        ctx.activation, ctx.params, ctx.quantizer = name, params, quantizer
         ctx.dtypes = gate.dtype, up.dtype
         ctx.save_for_backward(
             *(part for x in (gate, up) for part in _encode_rows(x.reshape(-1, x.shape[-1]), quantizer))
         )
-        return activation_function(name).forward(gate, **params) * up
+        return (activation_function(name).forward(gate, **params) if activated is None else activated) * up
 
     @staticmethod
     def backward(ctx, grad):
         _refuse_double_backward()
         rows = grad.reshape(-1, grad.shape[-1])
         saved, quantizer = ctx.saved_tensors, ctx.quantizer
-        function = ctx.name, list(ctx.params), [float(value) for value in ctx.params.values()]
+        function = ctx.activation, list(ctx.params), [float(value) for value in ctx.params.values()]
         settings = quantizer.bits, quantizer.group_size
         grads = quantizer.ops.gated_backward(rows, saved[:2], saved[2:], *function, *settings)
         d_gate, d_up = (d.view(grad.shape).to(dtype) for d, dtype in zip(grads, ctx.dtypes))
-        return d_gate, d_up, None, None, None
+        return d_gate, d_up, None, None, None, None
 
 
-def gated_activation(gate: Tensor, up: Tensor, name: str, *, quantizer: Quantizer, **params: float) -> Tensor:
+def gated_activation(
+    gate: Tensor, up: Tensor, name: str, *, activated: Tensor | None = None, quantizer: Quantizer, **params: float
+) -> Tensor:
     """``f(gate) * up`` of gated MLPs (SwiGLU, GEGLU: Shazeer 2020), two tensors of one shape; keeps b-bit codes of
-    both.
+    both. ``activated``: f(gate), where it has been computed, without a gradient of its own.
 
     d gate = dy up f'(gate), d up = dy f(gate), with the decoded factors. Factors that broadcast run in full precision.
     """
     function = activation_function(name)
     if not _recording(gate, up) or gate.shape != up.shape or gate.dim() == 0:
         return function.forward(gate, **params) * up
-    return _GatedActivation.apply(gate, up, name, params, quantizer)
+    return _GatedActivation.apply(gate, up, name, params, quantizer, activated)
 
 
 def _per_channel(x: Tensor | None, like: Tensor) -> Tensor | None:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode, _push_mode
 
-from . import functional, masks, products, shapes, structures
+from . import functional, inline, masks, products, shapes, structures
 from .config import WIDE_HEAD, ActivationQuantizationConfig
 from .functional import Quantizer
 
@@ -47,11 +47,14 @@ class OperatorMode(TorchFunctionMode):
         replaces = isinstance(outer, OperatorMode)
         if replaces:
             _pop_mode()
+        notes, result = inline.begin(), None
         _push_mode(self)
         try:
-            return function(*args, **kwargs)
+            result = function(*args, **kwargs)
+            return result
         finally:
             _pop_mode()
+            inline.end(notes, result if replaces else None)
             if replaces:
                 _push_mode(outer)
 
@@ -61,7 +64,9 @@ class OperatorMode(TorchFunctionMode):
         return self._quantizers["narrow_attention" if narrow else kind]
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        handler = _HANDLERS.get(func)
+        inline.before_call(func, args, kwargs)
+        # torch.compile finds this one in no dict: it is a function that torch has written in Python
+        handler = _pow if func is Tensor.__pow__ else _HANDLERS.get(func)
         if handler is not None and torch.is_grad_enabled() and not _left_to_stock(args, kwargs):
             result = handler(self, *args, **(kwargs or {}))
             if result is not NotImplemented:
@@ -113,7 +118,8 @@ def _register_activation(name: str, *stock: Callable[..., Any], inplace: bool = 
         params = {**dict(zip((*parameters, "inplace"), args)), **kwargs}
         over = params.pop("inplace", inplace)
         options = {"quantizer": mode.quantizer("activation"), "inplace": over}
-        return functional.activation(input, name, **options, **params)
+        result = functional.activation(input, name, **options, **params)
+        return result if over else inline.activated(input, result, name, params)
 
     _handles(*stock)(handler)
 
@@ -143,7 +149,8 @@ _register_activation("sigmoid", torch.sigmoid_, Tensor.sigmoid_, inplace=True)
 @_handles(F.gelu)
 def _gelu(mode, input, approximate="none"):
     name = "gelu" if approximate == "none" else "gelu_tanh"
-    return functional.activation(input, name, quantizer=mode.quantizer("activation"))
+    result = functional.activation(input, name, quantizer=mode.quantizer("activation"))
+    return inline.activated(input, result, name, {})
 
 
 @_handles(F.layer_norm)
@@ -219,6 +226,7 @@ def _dropout(mode, input, p=0.5, training=True, inplace=False):
 
 @_handles(F.linear)
 def _linear(mode, input, weight, bias=None):
+    inline.forget(input)
     if not weight.requires_grad:
         return shapes.frozen_linear(input, weight, bias)
     if mode.config.compress_linear_inputs:
@@ -231,6 +239,7 @@ def _linear(mode, input, weight, bias=None):
 
 @_handles(F.conv1d, F.conv2d, F.conv3d)
 def _convolution(mode, input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    inline.forget(input)
     if input.dim() != weight.dim():
         return NotImplemented
     if isinstance(padding, str):
@@ -288,10 +297,53 @@ def _matmul(mode, input, other, out=None):
 
 @_handles(torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
 def _mul(mode, input, other, out=None):
+    if isinstance(other, float):
+        return inline.scaled(input, other)
     both = all(isinstance(t, Tensor) and t.requires_grad for t in (input, other))
     if not both or not (products.is_activation(input) or products.is_activation(other)):
         return NotImplemented
-    return products.multiply(input, other, quantizer=mode.quantizer("gated_activation"))
+    result = inline.product(mode, input, other)
+    if result is None:
+        result = products.multiply(input, other, quantizer=mode.quantizer("gated_activation"))
+    return inline.squared(input, result) if input is other else result
+
+
+@_handles(torch.pow, Tensor.pow)
+def _pow(mode, input, exponent, out=None):
+    return inline.squared(input) if isinstance(exponent, (int, float)) and exponent == 2 else NotImplemented
+
+
+@_handles(torch.square, Tensor.square)
+def _square(mode, input):
+    return inline.squared(input)
+
+
+@_handles(torch.mean, Tensor.mean)
+def _mean(mode, input, dim=None, keepdim=False, *, dtype=None, out=None):
+    dims = [dim] if isinstance(dim, int) else dim
+    if not keepdim or dtype is not None or not dims or [d % input.dim() for d in dims] != [input.dim() - 1]:
+        return NotImplemented
+    return inline.averaged(input)
+
+
+@_handles(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
+def _add(mode, input, other, *, alpha=1, out=None):
+    return inline.offset(input, other) if isinstance(other, float) and alpha == 1 else NotImplemented
+
+
+@_handles(torch.rsqrt, Tensor.rsqrt)
+def _rsqrt(mode, input):
+    return inline.inverted(input)
+
+
+@_handles(Tensor.to)
+def _to(mode, input, *args, **kwargs):
+    return inline.cast(input, input.to(*args, **kwargs)) if input.requires_grad else NotImplemented
+
+
+@_handles(Tensor.float)
+def _float(mode, input, **kwargs):
+    return inline.cast(input, input.float(**kwargs)) if input.requires_grad else NotImplemented
 
 
 @_handles(torch.linalg.vector_norm)

@@ -108,6 +108,8 @@ def multiply(a: Tensor, b: Tensor, *, quantizer: Quantizer) -> Tensor:
     if a.dtype != b.dtype:
         dtype = torch.result_type(a, b)
         a, b = a.to(dtype), b.to(dtype)
+    if a is b and torch.compiler.is_compiling():  # whose autograd functions refuse one tensor twice
+        b = b.view_as(b)
     return _product(a, b, torch.mul, quantizer)
 
 

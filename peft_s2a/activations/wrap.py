@@ -18,6 +18,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
+from . import inline
 from .config import OPERATOR_KINDS, ActivationQuantizationConfig
 from .interception import OperatorMode
 from .plans.planner import Planner, Store
@@ -93,7 +94,7 @@ def _quantized_class(stock: type[nn.Module]) -> type[nn.Module]:
         whole = functools.partial(settings.operators.run, stock.forward, self)
         if settings.planner is None or is_recording():
             return whole(*args, **kwargs)
-        return settings.planner.run(self, whole, args, kwargs)
+        return settings.planner.run(self, functools.partial(inline.apart, whole), args, kwargs)
 
     names = {name: getattr(stock, name) for name in ("__module__", "__qualname__", "__doc__")}
     quantized = type(stock.__name__, (_Quantized, stock), {"forward": forward, **names})
