@@ -4,7 +4,7 @@
 
 The small ViT in `examples/backbone` was pretrained on Fashion-MNIST. Here it learns scikit-learn's handwritten digits
 (real scans of 8 x 8 pixels, UCI "Optical Recognition of Handwritten Digits") from 1,000 images with S2A, LoRA, a
-linear probe and in full; the other 797 are for testing. One table compares accuracy and memory. Then the S2A adapter
+linear probe and in full; the other 797 are for testing. One table and one picture compare accuracy and memory. Then the S2A adapter
 is saved and loaded by `inference.py`, in a process of its own, which must classify test images just as the trained
 model did.
 
@@ -33,6 +33,8 @@ from finetuning import (
     prepare_model,
     trainable_parameters,
 )
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from peft import PeftModel
 from PIL import Image
 from rich.console import Console
@@ -43,7 +45,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, HfArgumentParser, PreTrainedModel, default_data_collator
 
-from peft_s2a import profile_memory
+from peft_s2a import MemoryReport, profile_memory
 
 
 EXAMPLES = Path(__file__).resolve().parent
@@ -137,7 +139,7 @@ def search(train: list[dict], args: Arguments) -> Table:
 def compare(train: list[dict], test: list[dict], args: Arguments) -> tuple[Table, list[dict], dict[str, Run]]:
     """The table of the methods, its figures as plain data, and the first run of each."""
     runs: dict[str, list[Run]] = {method: [] for method in args.methods}
-    with tqdm(total=len(args.methods) * len(args.seeds)) as progress:
+    with tqdm(total=len(args.methods) * len(args.seeds), leave=False) as progress:
         for seed in args.seeds:
             for method in args.methods:
                 progress.set_description(f"{METHODS[method].title}, seed {seed}")
@@ -147,16 +149,16 @@ def compare(train: list[dict], test: list[dict], args: Arguments) -> tuple[Table
     table = Table(
         title=f"{len(train)} training images, {len(test)} test images, {args.num_train_epochs} epochs, "
         f"batches of {args.batch_size}, {len(args.seeds)} seeds",
-        caption="Accuracy: mean and standard deviation over the seeds. Activations: kept for backward. "
-        "Peak: what a training step adds to parameters and optimizer state.",
+        caption="Accuracy: mean and deviation over the seeds. Kept: activations for the backward pass. Peak: what a "
+        "training step adds to parameters and optimizer state. Time: of the training.",
     )
     table.add_column("method", no_wrap=True)
-    for heading in ("accuracy\n%", "trainable\nparameters", "activations\nKiB/image", "peak\nMiB", "training\ns"):
+    for heading in ("accuracy\n%", "trainable\nparameters", "kept\nKiB/image", "peak\nMiB", "time\ns"):
         table.add_column(heading, justify="right", no_wrap=True)
     batch = default_data_collator(train[: args.batch_size])
-    rows = []
+    rows, reports = [], {}
     for method, results in runs.items():
-        memory = profile_memory(results[0].model, batch)
+        memory = reports[METHODS[method].title] = profile_memory(results[0].model, batch)
         accuracies = 100 * np.array([result.accuracy for result in results])
         spread = f" ± {accuracies.std(ddof=1):.2f}" if len(results) > 1 else ""
         row = {
@@ -169,7 +171,27 @@ def compare(train: list[dict], test: list[dict], args: Arguments) -> tuple[Table
         }
         rows.append(row)
         table.add_row(*(f"{value:,}" if isinstance(value, int) else str(value) for value in row.values()))
+    draw(reports, Path(args.output_dir, "memory.png"))
     return table, rows, {method: results[0] for method, results in runs.items()}
+
+
+def draw(reports: dict[str, MemoryReport], path: Path) -> None:
+    """Live memory over a training step of each method: what its operators have in use beside parameters and optimizer."""
+    figure = Figure(figsize=(8, 3.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for (title, report), color in zip(
+        reports.items(), ("#bbbbbb", "#7570b3", "#1b9e77", "#555555", "#e6ab02", "#d95f02")
+    ):
+        live = [sum(sizes) / 2**20 for phase, *sizes in report.timeline if phase != "optimizer"]
+        axes.plot(np.linspace(0, 100, len(live)), live, label=f"{title}: {max(live):.0f} MiB", color=color)
+    axes.set(
+        xlabel="forward and backward pass, % of their operators", ylabel="live memory, MiB", xlim=(0, 100), ylim=0
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
 
 
 def reload_and_classify(model: PeftModel, images: list[Image.Image], test: list[dict], args: Arguments) -> str:
@@ -220,6 +242,7 @@ def main() -> None:
     test = examples(images, labels, test_indices)
     table, rows, first_runs = compare(train, test, args)
     console.print(table)
+    console.print(f"Memory over the step: {Path(args.output_dir, 'memory.png')}", soft_wrap=True)
     results = Path(args.output_dir, "results.json")
     results.parent.mkdir(parents=True, exist_ok=True)
     results.write_text(json.dumps({"seeds": len(args.seeds), "rows": rows}, indent=1) + "\n")

@@ -4,6 +4,7 @@ A method is defined here once, in `METHODS`; a script asks for one by name throu
 """
 
 import random
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,9 @@ from peft_s2a import ActivationQuantizationConfig, S2ABiasConfig, S2AConfig, S2A
 from peft_s2a.anatomy import find_task_heads
 from peft_s2a.memory.methods import lora_targets
 
+
+# PEFT 0.21 asks transformers 5.23 for a property by its old name, at every model.
+warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning)
 
 ACCURACY = Path(__file__).parent / "metrics" / "accuracy"
 IMAGE_FILE_BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".arrow": "arrow"}

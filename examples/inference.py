@@ -7,6 +7,7 @@ Labels and image processor are read beside the adapter where they are, and from 
 """
 
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,10 @@ from rich.table import Table
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, HfArgumentParser
 
 import peft_s2a  # noqa: F401  (registers the S2A adapter types with PEFT)
+
+
+# PEFT 0.21 asks transformers 5.23 for a property by its old name, at every model.
+warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning)
 
 
 @dataclass

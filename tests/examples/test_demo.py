@@ -10,7 +10,13 @@ def test_compares_methods_and_reloads_the_adapter(tmp_path):
     printed = run_script(
         *(EXAMPLES / "demo.py", "--output_dir", tmp_path, "--seeds", "0", "--num_train_epochs", "2"),
         *("--methods", "linear", "s2a", "--num_train", "300", "--num_classified", "20"),
+        columns=80,
+        quiet=True,
     )
+    lines = printed.splitlines()
+    assert len(lines) <= 24 and max(map(len, lines[:12])) <= 80, "one screen"
+    assert "…" not in printed and not re.search(r"\w\.\.\. ", printed), "no heading is cut"
+    assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
     rows = {match[1]: float(match[2]) for match in re.finditer(r"│ (linear probe|S2A) +│ +([\d.]+)", printed)}
     assert rows.keys() == {"linear probe", "S2A"}
     assert min(rows.values()) > 20  # per cent, of ten classes
