@@ -2,6 +2,7 @@
 
     python benchmarks/accuracy.py CACHE                       # setting "full": for a GPU
     python benchmarks/accuracy.py CACHE --setting medium      # an hour and a half on two CPU cores
+    python benchmarks/accuracy.py CACHE --setting tasks       # six tasks (`tasks.py` generates four), ten seeds
 
 A real backbone, DINOv2-small (`dinov2.py` puts it into CACHE), is fine-tuned on a few Fashion-MNIST images and on
 scikit-learn's handwritten digits. All methods get the same images, batches, epochs, optimizer (AdamW, no weight decay)
@@ -43,6 +44,7 @@ from peft import get_peft_model
 from rich.console import Console
 from rich.table import Table
 from scipy import stats
+from tasks import TASKS, generate
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageClassification
@@ -183,6 +185,10 @@ SETTINGS = {
         image_size=56, train_images=1000, validation_images=500, test_images=10_000, epochs=5, batch_size=25,
         seeds=(0, 1, 2), methods={"fashion-mnist": MANY, "digits": FEW},
     ),
+    "tasks": Setting(
+        image_size=56, train_images=1000, validation_images=500, test_images=2000, epochs=5, batch_size=25,
+        seeds=tuple(range(10)), methods=dict.fromkeys(("fashion-mnist", "digits", *TASKS), FEW),
+    ),
     "reduced": Setting(
         image_size=56, train_images=200, validation_images=0, test_images=500, epochs=4, batch_size=25,
         seeds=(0, 1), methods={"fashion-mnist": FEW}, search=False,
@@ -200,6 +206,12 @@ def load_splits(dataset: str, setting: Setting) -> Splits:
         test_images, test_labels = fashion_mnist("test")
         test = torch.randperm(len(test_images), generator=generator)[: sizes["test"]]
         held_out = Split(test_images[test], test_labels[test])
+    elif dataset in TASKS:
+        sizes["test"] = min(sizes["test"], 2000)
+        images, labels = generate(dataset, sum(sizes.values()))
+        order = torch.arange(len(images))  # which is random already
+        test = order[len(order) - sizes["test"] :]
+        held_out = Split(images[test], labels[test])
     else:
         images, labels = digits()
         order = torch.randperm(len(images), generator=generator)

@@ -180,11 +180,11 @@ def draw(reports: dict[str, MemoryReport], path: Path) -> None:
     figure = Figure(figsize=(8, 3.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for (title, report), color in zip(
-        reports.items(), ("#bbbbbb", "#7570b3", "#1b9e77", "#555555", "#e6ab02", "#d95f02")
-    ):
+    colors = {"linear probe": "#bbbbbb", "LoRA": "#7570b3", "S2A": "#1b9e77", "full fine-tuning": "#555555"}
+    for title, report in reports.items():
         live = [sum(sizes) / 2**20 for phase, *sizes in report.timeline if phase != "optimizer"]
-        axes.plot(np.linspace(0, 100, len(live)), live, label=f"{title}: {max(live):.0f} MiB", color=color)
+        label = f"{title}: {report.step_peak_bytes / 2**20:.0f} MiB"
+        axes.plot(np.linspace(0, 100, len(live)), live, label=label, color=colors.get(title))
     axes.set(
         xlabel="forward and backward pass, % of their operators", ylabel="live memory, MiB", xlim=(0, 100), ylim=0
     )

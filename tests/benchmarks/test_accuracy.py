@@ -109,6 +109,14 @@ def test_test_images_are_not_trained_on():
     assert torch.equal(images.sum(0), digits()[0].flatten(1).sum(0)), "every image is in exactly one split"
 
 
+def test_generated_tasks_have_splits_of_their_own():
+    setting = replace(SETTING, train_images=16, validation_images=8, test_images=8)
+    splits = accuracy.load_splits("count", setting)
+    assert [len(split.labels) for split in splits.values()] == [16, 8, 8]
+    images = torch.cat([split.inputs.flatten(1) for split in splits.values()])
+    assert len(images.unique(dim=0)) == 32, "no image is in two splits"
+
+
 def test_a_finished_result_file_is_not_run_again(tmp_path, folder, monkeypatch):
     setting = replace(SETTING, search=False, seeds=(0,), methods={"toy": ("linear probe",)})
     memory = {"method": "linear probe", "trainable": 1}
