@@ -138,6 +138,16 @@ def test_links_between_files_lead_somewhere():
             assert "://" in target or (page.parent / target).exists(), (page.name, target)
 
 
+def test_files_and_constants_that_pages_name_exist():
+    source = "".join(path.read_text() for folder in ("peft_s2a", "tests") for path in (ROOT / folder).rglob("*.py"))
+    for page in PAGES:
+        for name in re.findall(r"`([^`\n]+)`", page.read_text()):
+            if re.fullmatch(r"(peft_s2a|tests|examples|benchmarks|docs)/[\w/]+\.\w+", name):
+                assert (ROOT / name).is_file(), (page.name, name)
+            elif re.fullmatch(r"[A-Z]+_[A-Z_]+", name):
+                assert re.search(rf"^{name}\b", source, flags=re.MULTILINE), (page.name, name)
+
+
 @pytest.mark.slow
 def test_the_site_is_built_without_a_warning_and_fetches_nothing(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
