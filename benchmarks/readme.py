@@ -81,7 +81,7 @@ TITLES = {
 
 
 def summary(data: Result, path: Path) -> list[str]:
-    """Peak and time of what a user could pick, a backbone a row, and where S2A loses."""
+    """Peak and time of what a user could pick, a backbone a column, and where S2A loses."""
     rows, lora, about = training_steps(data)
     found = {(row["backbone"], row["method"]): row for row in rows if "skipped" not in row}
     methods = [method for method in RIVALS if any(method == name for _, name in found)]
@@ -90,15 +90,17 @@ def summary(data: Result, path: Path) -> list[str]:
     def cell(backbone: str, method: str) -> str:
         if (row := found.get((backbone, method))) is None:
             return "-"
-        text = f"{row['peak_bytes'] / MiB:,.0f} MiB, {ratio('step_seconds', row, lora.get(backbone))}"
-        return f"**{text}**" if method == "S2A" else text
+        return f"{row['peak_bytes'] / MiB:,.0f} MiB, {ratio('step_seconds', row, lora.get(backbone))}"
 
-    cells = [
-        (TITLES.get(backbone, backbone), *(cell(backbone, method) for method in methods)) for backbone in backbones
-    ]
+    cells = [(method, *(cell(backbone, method) for backbone in backbones)) for method in methods]
+    cells = [tuple(f"**{text}**" for text in row) if row[0] == "S2A" else row for row in cells]
     about = f"Cells: peak of a training step, step time / LoRA's. {about} A dash: the model class does not support it."
     figure = f"![peak of a training step by backbone and method]({FIGURE})" if (ROOT / FIGURE).is_file() else ""
-    return [figure, table(("backbone", *methods), cells), note(data, f"{about} {losses(found, methods)}")]
+    return [
+        figure,
+        table(("", *(TITLES.get(name, name) for name in backbones)), cells),
+        note(data, f"{about} {losses(found, methods)}"),
+    ]
 
 
 def draw_summary(data: Result, path: Path) -> None:
@@ -119,12 +121,12 @@ def draw_summary(data: Result, path: Path) -> None:
         color = "#1b9e77" if method == "S2A" else colors[place % len(colors)]
         at = [index + place * width for index, backbone in enumerate(backbones) if (backbone, method) in found]
         peaks = [found[backbone, method] for backbone in backbones if (backbone, method) in found]
-        axes.bar_label(axes.bar(at, peaks, width, label=method, color=color), fmt="{:,.0f}", fontsize=7)
+        axes.bar_label(axes.bar(at, peaks, width, label=method, color=color), fmt="{:,.0f}", fontsize=6)
     axes.set_xticks([index + 0.425 - width / 2 for index in range(len(backbones))])
     axes.set_xticklabels([TITLES.get(backbone, backbone) for backbone in backbones])
     axes.set_ylabel("peak of a training step, MiB")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(frameon=False, fontsize=8, ncols=4, loc="outside upper center")
     figure.savefig(path, dpi=130, metadata={"Software": None})
 
 
