@@ -1,11 +1,19 @@
-"""Plots live beside their result files, outside the pages' folder: they are added to the site as figures of it."""
+"""Pages that mkdocs.yml does not name stand at the end of the menu. Plots live beside their result files, outside the pages'
+folder: they are added to the site as figures of it."""
 
 from pathlib import Path
 
 from mkdocs.structure.files import File
 
 
-RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
+DOCS = Path(__file__).resolve().parent
+RESULTS = DOCS.parent / "benchmarks" / "results"
+
+
+def on_config(config):
+    named = {path for entry in config.nav for path in entry.values()}
+    config.nav += [page.name for page in sorted(DOCS.glob("*.md")) if page.name not in named]
+    return config
 
 
 def on_files(files, config):
