@@ -5,6 +5,7 @@ Checked against torch 2.13.0, peft 0.21.2 and transformers 5.23.0.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import _ExcludedModule as ExcludedModule
 from torch import nn
 from torch.nn.modules import module as torch_module
+from torch.utils import checkpoint
 from transformers.integrations.peft import PeftAdapterMixin
 from transformers.utils import PushToHubMixin
 
@@ -27,6 +29,7 @@ __all__ = [
     "remove_forward_hooks",
     "replace_cards",
     "replace_loading",
+    "replace_recomputed",
 ]
 
 try:
@@ -99,3 +102,15 @@ def replace_cards(create_card: Callable, upload: Callable) -> None:
     setattr(created, _GUARDED, True)
     PeftModel.create_or_update_model_card = created
     PushToHubMixin._upload_modified_files = upload(PushToHubMixin._upload_modified_files)
+
+
+def replace_recomputed(replace: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Have every non-reentrant checkpoint that is made from now on recompute ``replace(function)`` in place of its
+    ``function``. It is called before ``function`` is for the first time."""
+    original = checkpoint._checkpoint_without_reentrant_generator
+
+    @functools.wraps(original)
+    def generator(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return original(replace(fn), *args, **kwargs)
+
+    checkpoint._checkpoint_without_reentrant_generator = generator

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .activation_functions import activation_function
@@ -76,8 +77,23 @@ class Quantizer:
 
 
 def _recording(*tensors: Tensor | None) -> bool:
-    """Whether autograd records and some of the tensors needs a gradient."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    """Whether autograd records and some of the tensors needs a gradient.
+
+    Raises:
+        RuntimeError: if it records under a transform of torch.func or forward-mode differentiation.
+    """
+    records = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if records and not torch.compiler.is_compiling():
+        _refuse_transforms()
+    return records
+
+
+def _refuse_transforms() -> None:
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        raise RuntimeError(
+            "transforms of torch.func (grad, vmap, vjp, jvp, ...) and forward-mode differentiation do not go through "
+            "quantised activations, whose derivatives are kept as codes; use restore_activations(model) before them"
+        )
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -691,7 +707,7 @@ class _Dropout(torch.autograd.Function):
         noise = F.dropout(torch.ones_like(x), p)
         ctx.order, ctx.p = _memory_order(x), p
         ctx.save_for_backward(op_set("auto").encode_steps(_flat(noise, ctx.order), (0.0,), (0, 1), 1))
-        return noise.mul_(x)
+        return noise * x  # selective checkpoints may keep the noise
 
     @staticmethod
     def backward(ctx, grad):

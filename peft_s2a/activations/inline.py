@@ -65,6 +65,11 @@ def end(outer: list[_Note], result: Any = None) -> None:
     _thread.notes = outer[-_MOST:]
 
 
+def forget_all() -> None:
+    """Drop all notes."""
+    _thread.notes.clear()
+
+
 def apart(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """``function(*args, **kwargs)``, with notes of its own."""
     outer = begin()

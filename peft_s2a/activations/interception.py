@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode, _push_mode
 
+from .. import compat
 from . import functional, inline, masks, products, shapes, structures
 from .config import WIDE_HEAD, ActivationQuantizationConfig
 from .functional import Quantizer
@@ -78,6 +79,20 @@ class OperatorMode(TorchFunctionMode):
         if func in masks.FUNCTIONS and torch.is_grad_enabled():
             return masks.call(func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
+
+
+@functools.cache
+def follow_checkpoints() -> None:
+    """Have what a checkpoint inside a quantised module recomputes computed under the module's mode, as it was before."""
+
+    def under_its_mode(function: Callable[..., Any]) -> Callable[..., Any]:
+        mode = _get_current_function_mode()
+        if not isinstance(mode, OperatorMode):
+            return function
+        inline.forget_all()  # the second time none of these will be there
+        return functools.partial(mode.run, function)
+
+    compat.replace_recomputed(under_its_mode)
 
 
 def _left_to_stock(args: tuple, kwargs: dict[str, Any] | None) -> bool:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from . import inline
 from .config import OPERATOR_KINDS, ActivationQuantizationConfig
-from .interception import OperatorMode
+from .interception import OperatorMode, follow_checkpoints
 from .plans.planner import Planner, Store
 from .plans.trace import is_recording
 
@@ -78,6 +78,7 @@ def _without_quantized(cls: type[nn.Module]) -> type[nn.Module]:
 @functools.cache
 def _quantized_class(stock: type[nn.Module]) -> type[nn.Module]:
     is_linear = stock is nn.Linear
+    follow_checkpoints()
 
     @functools.wraps(stock.forward)
     def forward(self, *args, **kwargs):

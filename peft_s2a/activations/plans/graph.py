@@ -264,7 +264,8 @@ def split(joint: Joint) -> Halves:
     """The two passes of a call that `simplify` has been over.
 
     Raises:
-        Untraceable: if the call changes an argument or a trained parameter, or returns memory of one.
+        Untraceable: if the call changes an argument or a trained parameter, returns memory of one, or draws random
+            numbers in its backward pass.
     """
     joint = with_constants_folded(joint)
     nodes = list(joint.graph.nodes)
@@ -276,6 +277,8 @@ def split(joint: Joint) -> Halves:
     if {memory[node] for node in inputs}.intersection(returned) or len(set(returned)) < len(returned):
         raise Untraceable("its result shares memory with an argument or with another result")
     late = _needed_late(nodes, grads, memory)
+    if any(map(is_random, late)):  # as checkpoints inside do, which set the generator back for it
+        raise Untraceable("it draws random numbers in its backward pass")
     available = {*late, *tangents}
     read = [o for node in late for o in node.all_input_nodes] + [g for g in grads if g is not None]
     saved = list(dict.fromkeys(node for node in read if node not in available and node.op != "get_attr"))

@@ -9,11 +9,12 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import _get_current_function_mode_stack, _len_torch_function_stack
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_flatten
 
 from .graph import simplify, split
@@ -25,6 +26,8 @@ from .watch import Observation, Watch, is_observed_globally
 
 
 logger = logging.getLogger(__name__)
+_len_torch_dispatch_stack = torch._C._len_torch_dispatch_stack
+_SELECTIVE = (torch.utils.checkpoint._CachingTorchDispatchMode, torch.utils.checkpoint._CachedTorchDispatchMode)
 _PLANS_PER_MODULE = 8  # of other shapes: beyond, the module runs without a plan
 _OBSERVATIONS = 3  # that may set up attributes
 # Bytes for the working set of one tile: enough for its operators to have work to do, small beside the codes that are kept.
@@ -325,6 +328,10 @@ def _unfit() -> str | None:
         return "it runs under a transform of torch.func"
     if forward_ad._current_level >= 0:
         return "it runs under forward-mode differentiation"
+    if _len_torch_dispatch_stack() and any(
+        isinstance(mode, _SELECTIVE) for mode in _get_current_dispatch_mode_stack()
+    ):
+        return "a selective checkpoint caches results that it would write over"
     return None
 
 
