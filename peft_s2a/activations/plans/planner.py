@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -150,7 +151,8 @@ class Planner:
                 raise Untraceable(entry.plan)
             plan = self._chosen[key] = self._choose(entry, whole, args, kwargs, leaves)
         except Untraceable as error:
-            return self._refuse(module, str(error), whole, args, kwargs)
+            self._fall_back(module, str(error))
+            return whole(*args, **kwargs)
         self.reason = entry.whole and f"in one piece, because {entry.whole}"
         return plan(leaves, watch.tensors)
 
@@ -186,11 +188,11 @@ class Planner:
         versions = [x._version for x in tensors if not x.is_inference()]
         devices = list({x.device for x in tensors if x.device.type == "cuda"})
         random = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
-        # what this run keeps is of no interest to the hooks of others
-        with _disable_current_modes(), saved_tensors_hooks(_itself, _itself), Observation() as observation:
+        with _disable_current_modes(), _DeferredHooks() as hooks, Observation() as observation:
             result = whole(*args, **kwargs)
         if not watch.holds():
             self._unsettled += 1
+            hooks.run()
             return None, result
         names = observation.names()
         entry = Entry((self.settings, watch.signature(names)), names, [])
@@ -204,8 +206,11 @@ class Planner:
                 raise Untraceable("it changes a list or dict among its arguments")
         except Untraceable as error:
             entry.plan = str(error)
+            self._fall_back(module, entry.plan)
+            hooks.run()
             return entry, result
         if [x._version for x in tensors if not x.is_inference()] != versions:
+            hooks.run()
             return entry, result
         for state, restore in zip(random, [torch.set_rng_state, *(partial(_set_rng_state, d) for d in devices)]):
             restore(state)
@@ -276,15 +281,44 @@ class Planner:
                     return entry.plan
             return entry.tiled[tiles]
 
-    def _refuse(self, module: nn.Module, reason: str, whole: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+    def _fall_back(self, module: nn.Module, reason: str) -> None:
         if reason != self.reason:
             self.reason = reason
             logger.info("%s runs without a plan: %s.", type(module).__name__, reason)
-        return whole(*args, **kwargs)
 
 
-def _itself(x: Tensor) -> Tensor:
-    return x
+@dataclass(slots=True, eq=False)
+class _Kept:
+    packed: Any
+
+
+class _DeferredHooks:
+    """Others' `saved_tensors_hooks` see what a run keeps for backward when it is known that its result is used."""
+
+    def __enter__(self) -> "_DeferredHooks":
+        self._kept: list[_Kept] = []
+        self._context = nullcontext()
+        self._hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        if self._hooks is not None:
+            self._context = saved_tensors_hooks(self._keep, self._unpack)
+        self._context.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._context.__exit__(*exception)
+
+    def _keep(self, x: Tensor) -> _Kept:
+        # an operator's result itself would tie its node into a reference cycle
+        self._kept.append(_Kept(x if x.grad_fn is None else x.detach()))
+        return self._kept[-1]
+
+    def _unpack(self, kept: _Kept) -> Tensor:
+        return self._hooks[1](kept.packed)
+
+    def run(self) -> None:
+        for kept in self._kept:
+            kept.packed = self._hooks[0](kept.packed)
+        self._kept.clear()
 
 
 def _set_rng_state(device: torch.device, state: Tensor) -> None:

@@ -8,6 +8,7 @@ refused, and so is code that leaves anything behind. A `Watch` costs some tens o
 import dis
 import enum
 import functools
+import gc
 import operator
 import random
 import sys
@@ -314,11 +315,15 @@ class Observation:
                 if not _is_trusted(frame.f_globals.get("__name__")):
                     found[code] = (frame.f_globals, {name: frame.f_locals.get(name) for name in code.co_freevars})
 
+        self._collects = gc.isenabled()
+        gc.disable()  # the finalisers of others' garbage are no code of the module's
         sys.setprofile(note)
         return self
 
     def __exit__(self, *_: Any) -> None:
         sys.setprofile(self._outer)
+        if self._collects:
+            gc.enable()
 
     def names(self) -> set[str]:
         """All names of attributes, and strings, in the code that ran."""
