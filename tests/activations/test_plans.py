@@ -709,8 +709,8 @@ class _Drawing(Block):
 @pytest.mark.parametrize("block", [_Remembering, _Drawing])
 def test_hooks_of_others_see_what_a_first_call_keeps_whose_result_is_used(block):
     model, x = quantize_activations(network(block)), torch.randn(4, WIDTH)
-    steps = []
-    for _ in range(3):
+
+    def step():
         kept, used = [], []
         with torch.autograd.graph.saved_tensors_hooks(
             lambda t: kept.append(t.nbytes) or [t.detach().clone()], lambda t: used.append(t[0].nbytes) or t[0]
@@ -718,7 +718,9 @@ def test_hooks_of_others_see_what_a_first_call_keeps_whose_result_is_used(block)
             model.zero_grad()
             model(x).square().sum().backward()
         assert sorted(kept) == sorted(used)
-        steps.append((sorted(kept), [p.grad for p in model.parameters() if p.grad is not None]))
+        return sorted(kept), [p.grad for p in model.parameters() if p.grad is not None]
+
+    steps = [step() for _ in range(3)]
     assert len(steps[0][0]) > 4
     torch.testing.assert_close(steps[0], steps[1], rtol=0, atol=0)
     torch.testing.assert_close(steps[0], steps[2], rtol=0, atol=0)
