@@ -9,6 +9,7 @@ import dis
 import enum
 import functools
 import gc
+import itertools
 import operator
 import random
 import sys
@@ -85,7 +86,7 @@ class Watch:
         self._holders: list[dict[str, Any]] = []
         self._names: list[str] = []
         self._containers: list[tuple[Any, Any]] = []
-        self._plain: list[tuple[Callable[[dict], Any], dict, Any]] = []
+        self._attributes: list[tuple[dict[str, Any], str, Any]] = []
         self._seen: set[int] = set()
         self._inside = set(map(id, self.modules))
         self._holder_is_users = False
@@ -125,6 +126,16 @@ class Watch:
                 for name, thing in vars(kind).items():
                     if isinstance(thing, (list, dict, set)) and not name.startswith("__"):
                         self._watch(thing, f"{kind.__name__}.{name}", 1)
+        self._flat_attributes = [list(column) for column in zip(*self._attributes)] or [[], [], []]
+        copies = [before for _, before in self._containers]
+        mappings = [before for before in copies if isinstance(before, dict)]
+        self._flat_containers = (
+            [container for container, _ in self._containers],
+            list(map(len, copies)),
+            list(itertools.chain.from_iterable(copies)),
+            [container for container, before in self._containers if isinstance(before, dict)],
+            list(itertools.chain.from_iterable(map(_VALUES, mappings))),
+        )
         self._likes = _likes(self.tensors)
 
     def _read(self) -> list[Tensor]:
@@ -145,12 +156,9 @@ class Watch:
         plain = [name for name in names if type(state[name]) in _PLAIN or isinstance(state[name], (*_CODE, enum.Enum))]
         if "forward" in names:
             raise Untraceable(f"the forward method of its {type(module).__name__} was replaced")
-        if plain:
-            getter = operator.itemgetter(*plain)
-            self._plain.append((getter, state, getter(state)))
         for name in names:
+            self._attributes.append((state, name, state[name]))
             if name not in plain:
-                self._plain.append((operator.itemgetter(name), state, _Same(state[name])))
                 self._watch(state[name], f"{type(module).__name__}.{name}", 0)
 
     def _watch(self, thing: Any, where: str, depth: int) -> None:
@@ -195,12 +203,14 @@ class Watch:
             return False
         if [module.training for module in self.modules] != self._training:
             return False
-        for getter, state, expected in self._plain:
-            if expected != getter(state):
-                return False
-        for container, before in self._containers:
-            if not _equal(container, before):
-                return False
+        if not self._is_untouched():
+            for state, name, expected in self._attributes:
+                thing = state.get(name, _GONE)
+                if thing is not expected and not (type(thing) is type(expected) in _PLAIN and thing == expected):
+                    return False
+            for container, before in self._containers:
+                if not _equal(container, before):
+                    return False
         for hooks, keys in self._hook_lists:
             if tuple(hooks) != keys:
                 return False
@@ -209,6 +219,20 @@ class Watch:
                 return False
         self.tensors = self._read()
         return _likes(self.tensors) == self._likes
+
+    def _is_untouched(self) -> bool:
+        """Whether attributes and containers hold the very same things: the common case, at the speed of C."""
+        states, names, expected = self._flat_attributes
+        containers, lengths, items, mappings, values = self._flat_containers
+        try:
+            return (
+                list(map(len, containers)) == lengths
+                and all(map(operator.is_, map(operator.getitem, states, names), expected))
+                and all(map(operator.is_, itertools.chain.from_iterable(containers), items))
+                and all(map(operator.is_, itertools.chain.from_iterable(map(_VALUES, mappings)), values))
+            )
+        except KeyError:
+            return False
 
     def signature(self, read: set[str]) -> Any:
         """Equal for modules that compute the same with their own parameters, as far as attributes called as in ``read``
@@ -274,6 +298,8 @@ class _Same:
     __hash__ = None
 
 
+_GONE = object()
+_VALUES = operator.methodcaller("values")
 _MAPPINGS = (dict, types.MappingProxyType)
 
 
