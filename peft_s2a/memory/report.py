@@ -94,6 +94,8 @@ class MemoryReport:
             storage kept by several counts once, for the first that kept it.
         by_module: `saved_bytes` by the innermost module that was running.
         peak: Highest live bytes, split by what they are.
+        unplanned: {module: why it ran without a plan, or in one piece where tiles were wanted}
+            (`activations.wrap.unplanned`).
         step_seconds: Duration of one step, None in an estimate.
         timeline: For each operator of the step, in order: (phase, gradients, kept, working) live at its own peak.
     """
@@ -111,6 +113,7 @@ class MemoryReport:
     by_operator: Mapping[str, KeptBytes]
     by_module: Mapping[str, KeptBytes]
     peak: PeakBytes
+    unplanned: Mapping[str, str] = field(default_factory=dict)
     step_seconds: float | None = None
     timeline: tuple[tuple[str, int, int, int], ...] = field(default=(), repr=False)
 
@@ -176,7 +179,19 @@ class MemoryReport:
             f"The step adds {mib(self.step_peak_bytes)} MiB to parameters, optimiser state and batch.{duration}",
             self._kept_table("kept for backward by", self.by_operator),
             self._kept_table("kept for backward in (* is any index)", _by_pattern(self.by_module)),
+            *self._unplanned_lines(),
         )
+
+    def _unplanned_lines(self) -> list[str]:
+        modules = defaultdict(list)
+        for name, reason in self.unplanned.items():
+            modules[_pattern(name), reason].append(name)
+        return [
+            f"Without a plan: {pattern or 'the whole model'} ({len(names)}), because {reason}."
+            if not reason.startswith("in one piece")
+            else f"Planned {reason}: {pattern or 'the whole model'} ({len(names)})."
+            for (pattern, reason), names in modules.items()
+        ]
 
     def _kept_table(self, heading: str, sizes: Mapping[str, KeptBytes]) -> Table:
         from rich.table import Table
@@ -254,8 +269,12 @@ def _by_pattern(by_module: Mapping[str, KeptBytes]) -> dict[str, KeptBytes]:
     """Modules that differ only in an index (the blocks of a stage) added up: `layers.3.mlp` becomes `layers.*.mlp`."""
     patterns: dict[str, KeptBytes] = defaultdict(KeptBytes)
     for name, size in by_module.items():
-        patterns[re.sub(r"(?<![^.])\d+(?![^.])", "*", name)] += size
+        patterns[_pattern(name)] += size
     return patterns
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
 
 
 def _largest(sizes: Mapping[str, KeptBytes], count: int) -> dict[str, KeptBytes]:

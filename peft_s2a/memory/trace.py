@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from peft_s2a.activations.plans.trace import operator_name
+from peft_s2a.activations.wrap import unplanned
 
 from .report import KeptBytes, MemoryReport, PeakBytes
 
@@ -200,7 +201,7 @@ class StepTrace:
     # Places
 
     def _entering(self, name: str):
-        name = re.sub(r"^base_model(\.model(\.|$)|$)", "", name)  # PEFT's wrappers
+        name = _without_wrappers(name)
 
         def enter_module(module, args):
             self._modules.append(name)
@@ -336,6 +337,7 @@ class StepTrace:
                 module=self.moments[at].module,
                 operator=self.moments[at].operator,
             ),
+            unplanned={_without_wrappers(name): reason for name, reason in unplanned(self.model).items()},
             step_seconds=step_seconds,
             timeline=timeline,
         )
@@ -348,6 +350,11 @@ class _Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         return self.trace.operator(function, args, kwargs or {})
+
+
+def _without_wrappers(name: str) -> str:
+    """A module's name in the model that PEFT wrapped."""
+    return re.sub(r"^base_model(\.model(\.|$)|$)", "", name)
 
 
 def _tensors(tree: Any) -> Iterable[torch.Tensor]:

@@ -150,3 +150,14 @@ def test_extrapolation_backwards_raises():
     small, large = (estimate_memory(tuned("vit", "lora"), size) for size in (2, 4))
     with pytest.raises(ValueError, match="got 2, 4 and 3"):
         extrapolate_memory(small, large, 3)
+
+
+def test_blocks_without_a_plan_are_in_the_report():
+    model, batch = tuned("vit", "s2a"), batch_for("vit")
+    assert not profile_memory(model, batch).unplanned and not estimate_memory(model, batch).unplanned
+    name = next(name for name, _ in model.base_model.model.named_modules() if name.endswith("layers.1.mlp.fc1"))
+    model.base_model.model.get_submodule(name).register_forward_hook(lambda *_: None)
+    for report in (profile_memory(model, batch), estimate_memory(model, batch)):
+        (block,) = report.unplanned
+        assert name.startswith(block) and "hook" in report.unplanned[block]
+        assert "Without a plan" in str(report)

@@ -30,6 +30,7 @@ def report():
         peak=PeakBytes(
             30 * MiB, MiB, 2 * MiB, MiB, 12 * MiB, 5 * MiB, "backward", "layers.1.act", "aten::gelu_backward"
         ),
+        unplanned={"layers.0": "a hook looks into its Linear", "layers.1": "a hook looks into its Linear"},
         timeline=(("forward", 0, 12 * MiB, 4 * MiB), ("backward", MiB, 12 * MiB, 5 * MiB)),
     )
 
@@ -45,6 +46,7 @@ def test_text_shows_peak_place_and_operators(report):
     assert "51.00" in text and "18.00" in text and "1.00%" in text
     assert "backward pass, at aten::gelu_backward of layers.1.act" in text
     assert "s2a::activation" in text and "layers.*.act" in text
+    assert "Without a plan: layers.* (2), because a hook looks into its Linear." in text
     assert "\x1b" not in text
 
 
