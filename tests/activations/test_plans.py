@@ -756,3 +756,50 @@ def test_a_graph_that_is_retained_can_be_used_again(tiles):
     assert torch.equal(torch.autograd.grad(y, x)[0], first)
     with pytest.raises(RuntimeError, match="second time"):
         torch.autograd.grad(y, x)
+
+
+class _Branch(Block):
+    def forward(self, x):
+        return self.mlp(x)
+
+
+class _WritesIntoResults(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(_Branch() for _ in range(2))
+
+    def forward(self, x):
+        for block in self.blocks:
+            branch = block(x)
+            branch += x
+            branch[:, :2] = 0
+            x = branch
+        return x
+
+
+@pytest.mark.parametrize("tiles", [1, 2])
+def test_callers_may_write_into_a_blocks_result(tiles):
+    torch.manual_seed(0)
+    stock, x = _WritesIntoResults(), torch.randn(4, 3, WIDTH)
+    model = quantize_activations(copy.deepcopy(stock), {"mlp_tiles": tiles, "bits": 8})
+    twin = without_plans(copy.deepcopy(model))
+    for _ in range(2):
+        torch.testing.assert_close(results(model, x), results(twin, x), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(results(model, x)[0], results(stock, x)[0])
+    assert len(plans(model)) == 2
+
+
+class _Attending(Block):
+    def mlp(self, x):
+        q = k = v = self.norm(x).unsqueeze(1)
+        return super().mlp(F.scaled_dot_product_attention(q, k, v, dropout_p=0.5 * self.training).squeeze(1))
+
+
+def test_attention_drops_the_same_in_both_passes():
+    model, stock = quantize_activations(network(_Attending), {"bits": 8}), network(_Attending)
+    x = torch.randn(4, 6, WIDTH)
+    for _ in range(2):
+        (output, gradients), (expected, exact) = results(model, x), results(stock, x)
+        torch.testing.assert_close(output, expected)
+        for name, gradient in exact.items():
+            assert F.cosine_similarity(gradients[name].flatten(), gradient.flatten(), dim=0) > 0.999, name

@@ -1,18 +1,21 @@
 """Running a plan: one autograd function for a module's whole forward and backward pass."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils._pytree import tree_unflatten
 
 from .codegen import compile_graph
-from .graph import Halves
+from .graph import Halves, memories
 from .trace import TENSOR, Joint
 
 
+ALIAS = torch.ops.aten.alias.default
+VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 # The recorded operators are what autograd, autocast and the like have made of the call already.
 BELOW = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
     torch._C.DispatchKey.AutocastCUDA
@@ -34,6 +37,7 @@ class Plan:
     outputs: list[Any]
     output_spec: Any
     differentiable: list[int]
+    own: list[int]  # results whose memory nobody else holds
 
     @classmethod
     def of(cls, joint: Joint, halves: Halves) -> "Plan":
@@ -49,6 +53,7 @@ class Plan:
             outputs=joint.outputs,
             output_spec=joint.output_spec,
             differentiable=joint.differentiable,
+            own=_own(halves.forward),
         )
 
     def inputs(self, leaves: Sequence[Any], tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -70,6 +75,9 @@ class _Run(torch.autograd.Function):
         given = [None if i is None else inputs[i] for i in plan.saved]
         with torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(BELOW):
             results, kept = plan.forward(inputs)
+            if plan.own:  # no views for autograd, which lets nobody write into those that a function returns
+                with torch._C._ExcludeDispatchKeyGuard(VIEWS):
+                    results = tuple([ALIAS(r) if i in plan.own and r._is_view() else r for i, r in enumerate(results)])
         kept = iter(kept)
         ctx.save_for_backward(*(next(kept) if i is None else x for i, x in zip(plan.saved, given)))
         if len(plan.differentiable) < len(results):
@@ -87,6 +95,17 @@ class _Run(torch.autograd.Function):
         del grads
         with torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(BELOW):
             return (None, None, *plan.backward(inputs))
+
+
+def _own(graph: fx.Graph) -> list[int]:
+    """Which results of a forward graph share their memory with no argument, constant, other result or kept tensor."""
+    results, kept = graph.output_node().args[0]
+    memory = memories(graph)
+    held = Counter(memory[x] for x in (*results, *kept) if isinstance(x, fx.Node))
+    return [
+        i for i, x in enumerate(results)
+        if isinstance(x, fx.Node) and held[memory[x]] == 1 and memory[x].op == "call_function"
+    ]  # fmt: skip
 
 
 def refuse_double_backward() -> None:
