@@ -74,7 +74,7 @@ def _output_projection(parent_name: str, modules: dict[str, nn.Module], width: i
         module
         for name, module in modules.items()
         if name.startswith(prefix)
-        and name.rpartition(".")[2] in OUTPUT_NAMES
+        and name.removesuffix(".0").rpartition(".")[2] in OUTPUT_NAMES  # diffusers: a list of it and a dropout
         and isinstance(module, nn.Linear)
         and module.in_features == width
     ]

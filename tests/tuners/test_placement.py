@@ -9,7 +9,7 @@ import families
 import pytest
 import torch
 import zoo
-from peft import get_peft_model
+from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from placement_checks import check
 from torch import nn
 
@@ -75,6 +75,35 @@ class TestHeads:
         heads = find_task_heads(zoo.build("rt-detr detection"))
         assert {"model.enc_score_head", "model.enc_bbox_head"} <= set(heads)
         assert {f"model.decoder.{kind}_embed.{layer}" for kind in ("class", "bbox") for layer in (0, 1)} <= set(heads)
+
+
+class TestDiffusion:
+    @pytest.mark.parametrize("name", ["sd unet", "sd3 transformer", "flux transformer"])
+    def test_prompts_sit_on_attention_layers(self, name):
+        """Whose output projection stands in a list with a dropout."""
+        targets = get_peft_model(zoo.build(name), S2AConfig()).peft_config["default"].structure_targets
+        assert targets["prompt"] and all(".attn" in target for target in targets["prompt"])
+
+    @pytest.mark.parametrize("name", ["dit", "flux2 transformer"])
+    def test_they_train_and_reload(self, name, tmp_path):
+        check(name, S2AConfig(), tmp_path, steps=4)
+
+    def test_diffusers_own_methods(self):
+        inputs = zoo.batch("sd unet")
+        unet = zoo.build("sd unet")
+        plain = zoo.run(unet, inputs)[0]
+        unet.add_adapter(S2AConfig(init_weights=False))
+        adapted = zoo.run(unet, inputs)[0]
+        assert not torch.equal(adapted, plain)
+        unet.disable_adapters()
+        assert torch.equal(zoo.run(unet, inputs)[0], plain)
+        unet.enable_adapters()
+        assert torch.equal(zoo.run(unet, inputs)[0], adapted)
+
+        other = zoo.build("sd unet")
+        other.add_adapter(S2AConfig())
+        set_peft_model_state_dict(other, get_peft_model_state_dict(unet))
+        assert torch.equal(zoo.run(other, inputs)[0], adapted)
 
 
 class TestTowers:
