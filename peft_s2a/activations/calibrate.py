@@ -17,7 +17,7 @@ streams have different scales.)
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -360,8 +360,9 @@ class _Call:
             leaves = [entered.get(place, constant) for place, constant in zip(self.places, self.constants)]
             args, kwargs = tree_unflatten(leaves, self.spec)
             kept = _Kept(leaves)
-            with kept.counting(), mode or nullcontext():
-                result = self.function(*args, **kwargs)
+            run = self.function if mode is None else partial(mode.run, self.function)
+            with kept.counting():
+                result = run(*args, **kwargs)
         gradients = torch.autograd.grad(result, list(inputs.values()), grad, allow_unused=True)
         found = [torch.zeros_like(x) if g is None else g for g, x in zip(gradients, inputs.values())]
         return found, kept.bytes

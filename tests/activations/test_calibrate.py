@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from peft_s2a import S2AConfig
+from peft_s2a.activations import inline
 from peft_s2a.activations.calibrate import calibrate_activations, pareto_front
 from peft_s2a.activations.codec import WIDTHS
 from peft_s2a.activations.config import ActivationQuantizationConfig
@@ -22,6 +23,13 @@ from peft_s2a.activations.wrap import quantize_activations, restore_activations
 
 SIZE = 4  # images in a batch
 REFERENCE = ActivationQuantizationConfig(backend="reference")
+
+
+@pytest.fixture(autouse=True)
+def _no_tensors_left_behind():
+    inline.forget_all()  # of operators that other tests ran outside of modules
+    yield
+    assert inline._thread.notes == []
 
 
 def tune_biases(model):

@@ -208,6 +208,7 @@ def check(stock, *inputs):
     config = ActivationQuantizationConfig(bits=8, backend="reference")
     twin = quantize_activations(copy.deepcopy(stock), config)
     torch._dynamo.reset()
+    inline.forget_all()  # of operators that tests ran outside of modules
     results = []
     for call in (stock, twin, torch.compile(twin, backend="aot_eager", fullgraph=True)):
         leaves = [x.clone().requires_grad_() for x in inputs]

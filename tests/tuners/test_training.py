@@ -58,9 +58,9 @@ def fine_tune(config: S2AConfig, lr: float, digits: tuple[torch.Tensor, ...]) ->
     ("kwargs", "lr"),
     [
         ({}, 5e-4),
-        ({}, 2e-3),
+        pytest.param({}, 2e-3, marks=pytest.mark.slow),
         ({}, 5e-3),
-        ({"activation_quantization": None}, 5e-3),
+        pytest.param({"activation_quantization": None}, 5e-3, marks=pytest.mark.slow),
         ({"activation_quantization": None, "side_rank": 128}, 5e-3),
     ],
 )
