@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -99,7 +99,7 @@ class _Run(torch.autograd.Function):
 
 def _own(graph: fx.Graph) -> list[int]:
     """Which results of a forward graph share their memory with no argument, constant, other result or kept tensor."""
-    results, kept = graph.output_node().args[0]
+    results, kept = cast("tuple[tuple, tuple]", graph.output_node().args[0])
     memory = memories(graph)
     held = Counter(memory[x] for x in (*results, *kept) if isinstance(x, fx.Node))
     return [
