@@ -94,7 +94,10 @@ def _quantized_class(stock: type[nn.Module]) -> type[nn.Module]:
 
         whole = functools.partial(settings.operators.run, stock.forward, self)
         if settings.planner is None or is_recording():
-            return whole(*args, **kwargs)
+            result = whole(*args, **kwargs)
+            if not all(map(_is_harmless, self._forward_hooks.values())):
+                inline.forget(result)  # they may keep it, and ask for its gradient later
+            return result
         return settings.planner.run(self, functools.partial(inline.apart, whole), args, kwargs)
 
     names = {name: getattr(stock, name) for name in ("__module__", "__qualname__", "__doc__")}

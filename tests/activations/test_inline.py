@@ -252,6 +252,31 @@ WRITTEN = {
 }
 
 
+class _Gated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate, self.up, self.act = nn.Linear(16, 32), nn.Linear(16, 32), nn.SiLU()
+
+    def forward(self, x):
+        return self.act(self.gate(x)) * self.up(x)
+
+
+def test_what_a_hook_keeps_of_an_activation_can_still_be_differentiated():
+    torch.manual_seed(0)
+    stock, x = _Gated(), torch.randn(4, 16)
+    twin = quantize_activations(copy.deepcopy(stock), ActivationQuantizationConfig(bits=8))
+    found = []
+    for model in (stock, twin):
+        held, ran = [], []
+        model.act.register_forward_hook(lambda module, args, output, held=held: held.append(output))
+        loss = model(x).square().sum()
+        held[0].register_hook(ran.append)  # as late as after the forward pass
+        (gradient,) = torch.autograd.grad(loss, held[0])
+        assert len(ran) == 1
+        found.append(gradient)
+    assert similarity(*found) > 0.999
+
+
 class TestRecognition:
     @pytest.mark.parametrize("name", WRITTEN)
     def test_what_is_written_is_computed(self, name):
