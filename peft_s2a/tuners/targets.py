@@ -90,7 +90,7 @@ def resolve_targets(model: nn.Module, config: _S2ABaseConfig) -> dict[str, list[
             targets = {structure: names for structure, names in targets.items() if names}
         for structure in structures:
             if structure in targets and not targets[structure]:
-                _raise_no_place(model, config, structure)
+                _raise_no_place(model, config, structure, checks)
         if ladder:
             checks.refuse_heads_without_features(find_task_heads(model))
         if statistics := find_statistics(model, config):
@@ -302,7 +302,7 @@ def _can_carry(structure: str, name: str, module: nn.Module, attention: dict[str
     return side.can_serve(module)
 
 
-def _raise_no_place(model: nn.Module, config: _S2ABaseConfig, structure: str) -> None:
+def _raise_no_place(model: nn.Module, config: _S2ABaseConfig, structure: str, checks: _Checks) -> None:
     serves = {
         "bias": "linear, convolution and normalisation layers",
         "prompt": "attention layers with a query and an output projection"
@@ -310,9 +310,11 @@ def _raise_no_place(model: nn.Module, config: _S2ABaseConfig, structure: str) ->
         "side": "Linear, Conv1d, Conv2d, and modules that start and end with such layers",
         "ladder": "blocks of a transformer and stages of a convolutional network",
     }
+    dropped = checks.report([structure]).get(structure, {})
     found = "has none" if config.target_modules is None else f"has none among target_modules={config.target_modules!r}"
     if config.exclude_modules or config.layers_to_transform is not None:
         found += ", `exclude_modules` and `layers_to_transform` considered"
+    found += "".join(f"; {name!r} {reason}" for name, reason in list(dropped.items())[:3])
     others = [other for other in config.structures if other != structure]
     advice = (
         f", or train without it: `structures={tuple(others)!r}`" if others and isinstance(config, S2AConfig) else ""
