@@ -10,10 +10,12 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from peft import PeftModel
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import _ExcludedModule as ExcludedModule
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 from torch.utils import checkpoint
 from transformers.integrations.peft import PeftAdapterMixin
@@ -30,6 +32,7 @@ __all__ = [
     "replace_cards",
     "replace_loading",
     "replace_recomputed",
+    "transform_in_force",
 ]
 
 try:
@@ -102,6 +105,13 @@ def replace_cards(create_card: Callable, upload: Callable) -> None:
     setattr(created, _GUARDED, True)
     PeftModel.create_or_update_model_card = created
     PushToHubMixin._upload_modified_files = upload(PushToHubMixin._upload_modified_files)
+
+
+def transform_in_force() -> str | None:
+    """What differentiates or maps the code that runs now in another way than autograd; None if nothing does."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a transform of torch.func"
+    return "forward-mode differentiation" if forward_ad._current_level >= 0 else None
 
 
 def replace_recomputed(replace: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:

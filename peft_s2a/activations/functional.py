@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from .. import compat
 from .activation_functions import activation_function
 from .backends import BACKENDS
 from .codec import LARGEST_GROUP, WIDTHS, math_dtype, pack, unpack
@@ -89,7 +89,7 @@ def _recording(*tensors: Tensor | None) -> bool:
 
 
 def _refuse_transforms() -> None:
-    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+    if compat.transform_in_force():
         raise RuntimeError(
             "transforms of torch.func (grad, vmap, vjp, jvp, ...) and forward-mode differentiation do not go through "
             "quantised activations, whose derivatives are kept as codes; use restore_activations(model) before them"

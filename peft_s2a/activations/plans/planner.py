@@ -12,17 +12,17 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import _get_current_function_mode_stack, _len_torch_function_stack
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_flatten
 
+from ... import compat
 from .graph import simplify, split
 from .independence import Dependent
 from .run import Plan
 from .tiles import TiledPlan, batched_arguments, kept_bytes, sizes_of, tiled_plan, tiles_for, working_set
-from .trace import Joint, Untraceable, trace
+from .trace import Joint, Untraceable, trace, without_graph
 from .watch import Observation, Watch, is_observed_globally
 
 
@@ -308,8 +308,7 @@ class _DeferredHooks:
         self._context.__exit__(*exception)
 
     def _keep(self, x: Tensor) -> _Kept:
-        # an operator's result itself would tie its node into a reference cycle
-        self._kept.append(_Kept(x if x.grad_fn is None else x.detach()))
+        self._kept.append(_Kept(without_graph(x)))
         return self._kept[-1]
 
     def _unpack(self, kept: _Kept) -> Tensor:
@@ -358,10 +357,8 @@ def _unfit() -> str | None:
         return "hooks on all modules look inside"
     if _len_torch_function_stack() and _foreign_function_mode():
         return "a function mode of somebody else is in force"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return "it runs under a transform of torch.func"
-    if forward_ad._current_level >= 0:
-        return "it runs under forward-mode differentiation"
+    if transform := compat.transform_in_force():
+        return f"it runs under {transform}"
     if _len_torch_dispatch_stack() and any(
         isinstance(mode, _SELECTIVE) for mode in _get_current_dispatch_mode_stack()
     ):

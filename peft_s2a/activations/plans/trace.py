@@ -140,7 +140,7 @@ def trace(
             _disable_current_modes(),
             mode,
             torch.enable_grad(),
-            saved_tensors_hooks(_without_graph, partial(_note, record)),
+            saved_tensors_hooks(without_graph, partial(_note, record)),
         ):
             module = make_fx(joint, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes)
     except Untraceable:
@@ -164,9 +164,9 @@ def trace(
     )
 
 
-def _without_graph(x: Tensor) -> Tensor:
-    """``x``; what an operator keeps of its own result would hold itself."""
-    return x.detach() if x.requires_grad else x
+def without_graph(x: Tensor) -> Tensor:
+    """``x``, packed for backward: an operator's own result would tie its node into a reference cycle."""
+    return x if x.grad_fn is None else x.detach()
 
 
 def _note(record: dict[str, Any], x: Tensor) -> Tensor:
