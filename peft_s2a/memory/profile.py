@@ -68,8 +68,9 @@ def profile_memory(
         with meter, trace:
             step()
         report = trace.report("profile", device.type, seconds)
-    # Watching does not change what is allocated, except that code compiled by `torch.compile` runs eagerly under it:
-    # the allocator's word on the unwatched step stands, and the working set is what nothing else accounts for.
+    # The watched step may hold a little more: plans let tensors go later when every operator passes through Python, and
+    # code compiled by `torch.compile` runs eagerly. So the allocator's word on the unwatched step stands, and the
+    # working set is what nothing else accounts for.
     working = max(peak - report.peak.gradients - report.peak.kept, 0)
     return replace(report, peak=replace(report.peak, working=working))
 

@@ -97,7 +97,8 @@ class MemoryReport:
         unplanned: {module: why it ran without a plan, or in one piece where tiles were wanted}
             (`activations.wrap.unplanned`).
         step_seconds: Duration of one step, None in an estimate.
-        timeline: For each operator of the step, in order: (phase, gradients, kept, working) live at its own peak.
+        timeline: For each operator of the step, in order: (phase, gradients, kept, working) live at its own peak. Of a
+            measured step it is that of the watched run, which may reach above `peak`.
     """
 
     source: str
