@@ -171,8 +171,7 @@ def _later(block: nn.Module, others: list[nn.Module]) -> float:
 
 def _width(block: nn.Module) -> int:
     """Channels that the first layer of a block reads."""
-    for module in _without_adapters(block):
-        layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    for layer in _without_adapters(block):
         if isinstance(layer, nn.LayerNorm):
             return layer.normalized_shape[-1]
         if _computes(layer):
@@ -258,8 +257,9 @@ def _any_inside(module: nn.Module, predicate) -> Iterator[bool]:
 
 
 def _computes(module: nn.Module) -> bool:
-    layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    return isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    """Whether it is a linear layer or convolution; the layer under an adapter is one, and what holds both is not another."""
+    layers = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return isinstance(module, layers) and not isinstance(module, BaseTunerLayer)
 
 
 def _is_harmless(hook: Any) -> bool:

@@ -18,6 +18,7 @@ from .trace import aten
 
 
 _BINDINGS = {
+    aten._foreach_add.List: torch._foreach_add,
     aten.add.Tensor: torch.add,
     aten.add_.Tensor: Tensor.add_,
     aten.addmm.default: torch.addmm,

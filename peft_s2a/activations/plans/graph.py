@@ -303,6 +303,8 @@ def split(joint: Joint) -> Halves:
     for half in (forward, backward):
         _drop_unread(half)
         _merge_linear(half)
+        _sum_without_views(half)
+        _add_vectors_together(half)
         overwrite_dead_operands(half)
     places = [inputs.index(node) if node in inputs else None for node in saved]
     kept_by = [node.meta.get("kept_by") for node in saved]
@@ -345,30 +347,69 @@ def _copy(graph: fx.Graph, node: fx.Node, known: dict[fx.Node, fx.Node]) -> fx.N
     return copy
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch._C._nn.linear(x, weight, bias)
-
-
 def _merge_linear(graph: fx.Graph) -> None:
-    """One call for view, transposition, product and view, which is what `torch.nn.functional.linear` makes of itself."""
+    """One call for view, transposition and product, which is what `torch.nn.functional.linear` makes of itself."""
     for node in list(graph.nodes):
         if node.target not in (aten.addmm.default, aten.mm.default) or node.kwargs:
             continue
         *bias, rows, transposed = node.args
-        if transposed.target is not aten.t.default or rows.target is not aten.view.default or len(node.users) != 1:
+        if transposed.target is not aten.t.default:
             continue
-        user, source = next(iter(node.users)), rows.args[0]
-        if user.target not in (aten.view.default, aten._unsafe_view.default) or value(source).dim() < 3:
-            continue
-        if value(user).shape[:-1] != value(source).shape[:-1] or not value(source).is_contiguous():
-            continue
-        with graph.inserting_after(user):
-            merged = graph.call_function(_linear, (source, transposed.args[0], bias[0] if bias else None))
-        merged.meta = dict(user.meta)
-        user.replace_all_uses_with(merged)
-        for old in (user, node):
-            graph.erase_node(old)
+        if rows.target is aten.view.default and _keeps_rows(value(rows.args[0]), value(rows)):
+            if not all(user.target in _VIEWS for user in node.users):
+                continue
+            source = rows.args[0]
+        else:
+            source = rows
+        with graph.inserting_after(node):
+            merged = graph.call_function(torch._C._nn.linear, (source, transposed.args[0], bias[0] if bias else None))
+        merged.meta = dict(node.meta)
+        merged.meta["val"] = value(node).view(*value(source).shape[:-1], value(node).shape[-1])
+        _replace(node, merged)
+        for user in list(merged.users):
+            if user.target in _VIEWS and _same_layout(user, merged):
+                _replace(user, merged)
     _drop_unread(graph)
+
+
+def _keeps_rows(x: Tensor, rows: Tensor) -> bool:
+    return x.dim() >= 3 and x.is_contiguous() and rows.dim() == 2 and x.shape[-1] == rows.shape[-1]
+
+
+def _sum_without_views(graph: fx.Graph) -> None:
+    """Sums over rows as vectors from the start, where autograd keeps the dimension and takes it away again."""
+    for node in list(graph.nodes):
+        if node.target is not aten.sum.dim_IntList or list(node.args[1:]) != [[0], True] or value(node).dim() != 2:
+            continue
+        width = value(node).shape[1:]
+        if all(user.target in _VIEWS and value(user).shape == width for user in node.users):
+            node.args = node.args[:2]
+            node.meta["val"] = value(node)[0]
+            for user in list(node.users):
+                _replace(user, node)
+
+
+def _add_vectors_together(graph: fx.Graph) -> None:
+    """One call for all sums of two vectors that the pass is given: the biases that tuners shift."""
+    memory = memories(graph)
+    changed = {memory[operand] for node in graph.nodes for operand in written(node)}
+    sums = [
+        node for node in graph.nodes
+        if node.target is aten.add.Tensor and not node.kwargs and len(node.all_input_nodes) == 2
+        and all(n.op == "placeholder" and memory[n] not in changed for n in node.all_input_nodes)
+        and all(value(n).dim() == 1 and value(n).dtype == value(node).dtype for n in node.all_input_nodes)
+    ]  # fmt: skip
+    if len(sums) < 2:
+        return
+    with graph.inserting_before(sums[0]):
+        together = graph.call_function(
+            aten._foreach_add.List, ([node.args[0] for node in sums], [node.args[1] for node in sums])
+        )
+        together.meta = {**sums[0].meta, "val": [value(node) for node in sums]}
+        parts = [graph.call_function(operator.getitem, (together, i)) for i in range(len(sums))]
+    for node, part in zip(sums, parts):
+        part.meta = dict(node.meta)
+        _replace(node, part)
 
 
 def overwrite_dead_operands(graph: fx.Graph) -> None:

@@ -132,8 +132,9 @@ class Planner:
             if reason := _unfit():
                 raise Untraceable(reason)
             leaves: list[Any] = []
-            key = (_describe(args, leaves), _describe(kwargs, leaves), _ambient())
-            watch = self._watched(module)
+            with torch._C.DisableTorchFunction():  # a mode in force would take every attribute read of a tensor for a call
+                key = (_describe(args, leaves), _describe(kwargs, leaves), _ambient())
+                watch = self._watched(module)
             entry = self._entries.get(key)
             if entry is not None and entry.holds() and (plan := self._chosen.get(key)) is not None:
                 return plan(leaves, watch.tensors)

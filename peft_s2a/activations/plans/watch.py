@@ -113,7 +113,9 @@ class Watch:
         self._children = children
         self._slots = list(slots.values())
         self.tensors = self._read()
-        self._lengths = list(map(len, self._sized))
+        self._empty = [container for container in self._sized if not container]
+        self._filled = [container for container in self._sized if container]
+        self._lengths = list(map(len, self._filled))
         self._types = list(map(type, self.modules))
         self._training = [module.training for module in self.modules]
         self._hook_lists = [
@@ -136,7 +138,7 @@ class Watch:
             [container for container, before in self._containers if isinstance(before, dict)],
             list(itertools.chain.from_iterable(map(_VALUES, mappings))),
         )
-        self._likes = _likes(self.tensors)
+        self._likes, self._strides = _likes(self.tensors), _strides(self.tensors)
 
     def _read(self) -> list[Tensor]:
         return [holder[name] for holder, name in self._slots]
@@ -197,7 +199,9 @@ class Watch:
 
     def holds(self) -> bool:
         """Whether everything is as it was."""
-        if list(map(len, self._sized)) != self._lengths or list(map(type, self.modules)) != self._types:
+        if any(self._empty) or list(map(len, self._filled)) != self._lengths:
+            return False
+        if list(map(type, self.modules)) != self._types:
             return False
         if not all(map(operator.is_, map(operator.getitem, self._holders, self._names), self._children)):
             return False
@@ -218,7 +222,7 @@ class Watch:
             if kind.forward is not forward:
                 return False
         self.tensors = self._read()
-        return _likes(self.tensors) == self._likes
+        return _likes(self.tensors) == self._likes and _strides(self.tensors) == self._strides
 
     def _is_untouched(self) -> bool:
         """Whether attributes and containers hold the very same things: the common case, at the speed of C."""
@@ -273,7 +277,7 @@ class Watch:
                     [(name, relative(x)) for name, x in state.items() if name not in _OWN and name in read],
                 )
             )
-        return described, self._likes
+        return described, self._likes, self._strides
 
 
 def _is_fake(tensor: Tensor) -> bool:
@@ -283,7 +287,11 @@ def _is_fake(tensor: Tensor) -> bool:
 
 
 def _likes(tensors: Iterable[Tensor]) -> list[Any]:
-    return [(t.requires_grad, t.dtype, t.device, t.shape, t.stride()) for t in tensors]
+    return list(map(_LIKE, tensors))
+
+
+def _strides(tensors: Iterable[Tensor]) -> list[Any]:
+    return list(map(_STRIDE, tensors))
 
 
 class _Same:
@@ -300,6 +308,8 @@ class _Same:
 
 _GONE = object()
 _VALUES = operator.methodcaller("values")
+_LIKE = operator.attrgetter("requires_grad", "dtype", "device", "shape")
+_STRIDE = operator.methodcaller("stride")
 _MAPPINGS = (dict, types.MappingProxyType)
 
 
