@@ -125,19 +125,17 @@ def _memory_order(x: Tensor) -> list[int] | None:
     return sorted(range(x.dim()), key=lambda d: -strides[d])
 
 
-def _flat(x: Tensor, order: list[int] | None) -> Tensor:
-    return (x if order is None else x.permute(order)).reshape(-1)
+def _ordered(x: Tensor, order: list[int] | None) -> Tensor:
+    return x if order is None else x.permute(order)
 
 
-def _unflat(flat: Tensor, shape: Sequence[int], order: list[int] | None) -> Tensor:
-    if order is None:
-        return flat.view(shape)
-    inverse = sorted(range(len(order)), key=order.__getitem__)
-    return flat.view([shape[d] for d in order]).permute(inverse)
+def _reordered(x: Tensor, order: list[int] | None) -> Tensor:
+    """What `_ordered` makes of the result, undone."""
+    return x if order is None else x.permute(sorted(range(len(order)), key=order.__getitem__))
 
 
 def _encode_derivative(x: Tensor, name: str, params: dict, table: CodeTable, quantizer: Quantizer) -> Tensor:
-    """Codes of the derivative of activation function ``name`` at every value of ``x`` (1-D)."""
+    """Codes of the derivative of activation function ``name`` at every value of ``x``."""
     function = activation_function(name)
     if quantizer.rounding == "stochastic" and function.derivative is not None:
         derivative = function.derivative_torch(x if x.dtype == torch.float64 else x.float(), **params)
@@ -151,7 +149,7 @@ class _Activation(torch.autograd.Function):
         function = activation_function(name)
         ctx.order = _memory_order(x)
         ctx.table, ctx.quantizer = table, quantizer
-        ctx.save_for_backward(_encode_derivative(_flat(x, ctx.order), name, params, table, quantizer))
+        ctx.save_for_backward(_encode_derivative(_ordered(x, ctx.order), name, params, table, quantizer))
         if gate is not None:
             return x * gate
         if inplace:
@@ -163,9 +161,9 @@ class _Activation(torch.autograd.Function):
     def backward(ctx, grad):
         _refuse_double_backward()
         (packed,) = ctx.saved_tensors
-        flat = _flat(grad, ctx.order)
-        d_x = ctx.quantizer.ops.scale_by_levels(flat, packed, ctx.table.levels, ctx.table.bits)
-        return _unflat(d_x, grad.shape, ctx.order), None, None, None, None, None, None
+        ordered = _ordered(grad, ctx.order)
+        d_x = ctx.quantizer.ops.scale_by_levels(ordered, packed, ctx.table.levels, ctx.table.bits)
+        return _reordered(d_x, ctx.order), None, None, None, None, None, None
 
 
 def activation(x: Tensor, name: str, *, quantizer: Quantizer, inplace: bool = False, **params: float) -> Tensor:
@@ -208,6 +206,11 @@ def self_gated(x: Tensor, gate: Tensor, name: str, *, quantizer: Quantizer) -> T
 _ROWS_FOR_STATISTICS = 64
 
 
+def _rows(x: Tensor, normalized_shape: Sequence[int]) -> Tensor:
+    """``x`` with the trailing dimensions that are normalised as one."""
+    return x if len(normalized_shape) == 1 else x.reshape(-1, math.prod(normalized_shape))
+
+
 class _RowNorm(torch.autograd.Function):
     """LayerNorm and RMSNorm: the trailing dimensions are one row of ``count`` values."""
 
@@ -223,8 +226,8 @@ class _RowNorm(torch.autograd.Function):
         if eps is None:
             eps = torch.finfo(x.dtype).eps
         # a bias alone needs nothing kept
-        rows = x.reshape(-1, count)
-        by_column = rows.shape[0] >= _ROWS_FOR_STATISTICS
+        rows = _rows(x, normalized_shape)
+        by_column = x.numel() >= count * _ROWS_FOR_STATISTICS
         group_size = count if by_column else quantizer.group_size
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
             kept = quantizer.ops.encode_norm(
@@ -234,7 +237,7 @@ class _RowNorm(torch.autograd.Function):
             kept = (None, None, None, None)
         ctx.save_for_backward(*kept, weight)
         ctx.settings = (center, quantizer.bits, group_size)
-        ctx.quantizer, ctx.count, ctx.x_dtype = quantizer, count, x.dtype
+        ctx.quantizer, ctx.normalized_shape, ctx.x_dtype = quantizer, normalized_shape, x.dtype
         ctx.parameter_like = [None if p is None else (p.shape, p.dtype) for p in (weight, bias)]
         return y
 
@@ -243,9 +246,9 @@ class _RowNorm(torch.autograd.Function):
         _refuse_double_backward()
         packed, scales, rstd, columns, weight = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
-        rows = grad.reshape(-1, ctx.count)
+        rows = _rows(grad, ctx.normalized_shape)
         if packed is None:
-            d_x, d_weight, d_bias = None, None, rows.sum(0)
+            d_x, d_weight, d_bias = None, None, rows.reshape(-1, rows.shape[-1]).sum(0)
         else:
             flat_weight = None if weight is None else weight.reshape(-1)
             d_x, d_weight, d_bias = ctx.quantizer.ops.norm_backward(
@@ -706,15 +709,15 @@ class _Dropout(torch.autograd.Function):
         # the stock operator on ones draws the very mask it would draw for x
         noise = F.dropout(torch.ones_like(x), p)
         ctx.order, ctx.p = _memory_order(x), p
-        ctx.save_for_backward(op_set("auto").encode_steps(_flat(noise, ctx.order), (0.0,), (0, 1), 1))
+        ctx.save_for_backward(op_set("auto").encode_steps(_ordered(noise, ctx.order), (0.0,), (0, 1), 1))
         return noise * x  # selective checkpoints may keep the noise
 
     @staticmethod
     def backward(ctx, grad):
         _refuse_double_backward()
         (packed,) = ctx.saved_tensors
-        d_x = op_set("auto").scale_by_levels(_flat(grad, ctx.order), packed, (0.0, 1 / (1 - ctx.p)), 1)
-        return _unflat(d_x, grad.shape, ctx.order), None
+        d_x = op_set("auto").scale_by_levels(_ordered(grad, ctx.order), packed, (0.0, 1 / (1 - ctx.p)), 1)
+        return _reordered(d_x, ctx.order), None
 
 
 def dropout(x: Tensor, p: float = 0.5, training: bool = True) -> Tensor:

@@ -43,21 +43,22 @@ def _groups_like(x: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]
 
 @_op("(Tensor x, float[] thresholds, int[] codes, int bits) -> Tensor")
 def encode_steps(x, thresholds, codes, bits):
-    """Code every value of ``x`` (1-D, floating) as ``codes[number of thresholds below it]``: uint8 ``[W]``, one
+    """Code every value of ``x`` (floating, any shape) as ``codes[number of thresholds below it]``: uint8 ``[W]``, one
     row."""
-    return x.new_empty(packed_width(x.shape[0], bits), dtype=torch.uint8)
+    return x.new_empty(packed_width(x.numel(), bits), dtype=torch.uint8)
 
 
 @_op("(Tensor values, float[] levels, int bits, Tensor seed) -> Tensor")
 def encode_levels(values, levels, bits, seed):
-    """Round every value (1-D, floating) stochastically to one of the two ascending levels around it: uint8 ``[W]``."""
-    return values.new_empty(packed_width(values.shape[0], bits), dtype=torch.uint8)
+    """Round every value (floating, any shape) stochastically to one of the two ascending levels around it: uint8
+    ``[W]``, one row."""
+    return values.new_empty(packed_width(values.numel(), bits), dtype=torch.uint8)
 
 
 @_op("(Tensor grad, Tensor packed, float[] levels, int bits) -> Tensor")
 def scale_by_levels(grad, packed, levels, bits):
-    """``grad * levels[code]`` (1-D, dtype of ``grad``)."""
-    return torch.empty_like(grad)
+    """``grad * levels[code]``: shape and dtype of ``grad``, contiguous."""
+    return torch.empty_like(grad, memory_format=torch.contiguous_format)
 
 
 @_op("(Tensor x, int bits, int group_size, Tensor? seed) -> (Tensor, Tensor)")
@@ -89,10 +90,11 @@ def decode_groups(packed, scales, bits, group_size, count, dtype):
     " -> (Tensor, Tensor, Tensor, Tensor)"
 )
 def encode_norm(x, eps, center, by_column, bits, group_size, seed):
-    """Code the normalised rows of ``x`` (``[R, C]``): ``(x - mean) * rstd`` with ``center`` (LayerNorm), ``x * rstd``
+    """Code the normalised rows of ``x`` (``[..., C]``): ``(x - mean) * rstd`` with ``center`` (LayerNorm), ``x * rstd``
     without (RMSNorm); ``by_column``: with standardised columns, see `codec.column_statistics`. Returns codes and
     scales as `encode_groups`, ``rstd`` (``[R]``, float32 or float64) and the columns' statistics (empty without
     ``by_column``)."""
+    x = x.reshape(-1, x.shape[-1])
     packed, scales = _groups_like(x, bits, group_size)
     columns = x.new_empty((2, x.shape[1]) if by_column else (0,), dtype=torch.bfloat16)
     return packed, scales, x.new_empty(x.shape[0], dtype=math_dtype(x.dtype)), columns
@@ -103,12 +105,13 @@ def encode_norm(x, eps, center, by_column, bits, group_size, seed):
     "int group_size, bool[] wanted) -> (Tensor, Tensor, Tensor)"
 )
 def norm_backward(grad, packed, scales, rstd, columns, weight, center, bits, group_size, wanted):
-    """Gradients of a row normalisation from `encode_norm`'s codes and ``grad`` (``[R, C]``) for the input (dtype of
-    ``grad``), the weight and the bias (``[C]``, float32 or float64); those not ``wanted`` are empty."""
+    """Gradients of a row normalisation from `encode_norm`'s codes and ``grad`` (``[..., C]``) for the input (dtype and
+    shape of ``grad``, contiguous), the weight and the bias (``[C]``, float32 or float64); those not ``wanted`` are
+    empty."""
     dtype = math_dtype(grad.dtype)
-    columns = grad.shape[1]
+    columns = grad.shape[-1]
     return (
-        torch.empty_like(grad) if wanted[0] else grad.new_empty(0),
+        torch.empty_like(grad, memory_format=torch.contiguous_format) if wanted[0] else grad.new_empty(0),
         grad.new_empty(columns if wanted[1] else 0, dtype=dtype),
         grad.new_empty(columns if wanted[2] else 0, dtype=dtype),
     )
@@ -195,24 +198,24 @@ def attention_backward(grad, query, key, value, mask, is_causal, scale, bits, gr
     return d_q, d_k, d_v, grad.new_empty(mask.shape if mask_wanted else (0,), dtype=math_dtype(grad.dtype))
 
 
-@_op("(Tensor attended, Tensor query, Tensor key, Tensor value, float scale) -> Tensor")
-def prompt_attention(attended, query, key, value, scale):
-    """``attended + softmax(scale query key^T) value``: ``attended`` is ``[B, N, H * Ev]``, ``query`` ``[B, H, N, E]``
-    of any strides, ``key`` and ``value`` ``[H, P, E]`` and ``[H, P, Ev]``, equal for all samples. The result is like
-    ``attended``."""
+@_op("(Tensor attended, Tensor query, Tensor key, Tensor value, Tensor gate, float scale) -> Tensor")
+def prompt_attention(attended, query, key, value, gate, scale):
+    """``attended + tanh(gate) * softmax(scale query key^T) value``, per head: ``attended`` is ``[B, N, H * Ev]``,
+    ``query`` ``[B, H, N, E]`` of any strides; ``key`` and ``value`` are ``[P, H * E]`` and ``[P, H * Ev]`` and ``gate``
+    ``[H]``, equal for all samples. The result is like ``attended``."""
     return torch.empty_like(attended, memory_format=torch.contiguous_format)
 
 
 @_op(
-    "(Tensor grad, Tensor[] query, Tensor key, Tensor value, float scale, int bits, int group_size)"
-    " -> (Tensor, Tensor, Tensor)"
+    "(Tensor grad, Tensor[] query, Tensor key, Tensor value, Tensor gate, float scale, int bits, int group_size)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
 )
-def prompt_attention_backward(grad, query, key, value, scale, bits, group_size):
-    """Gradients of `prompt_attention` for the query (``[B, N, H * E]``, dtype of ``grad``), keys and values (float32
+def prompt_attention_backward(grad, query, key, value, gate, scale, bits, group_size):
+    """Gradients of `prompt_attention` for the query (``[B, N, H * E]``, dtype of ``grad``), keys, values and gate (float32
     or float64); ``query`` are the three results of `encode_heads`."""
-    dtype, (heads, _, dim) = math_dtype(grad.dtype), key.shape
-    d_query = grad.new_empty(grad.shape[0], grad.shape[1], heads * dim)
-    return d_query, key.new_empty(key.shape, dtype=dtype), value.new_empty(value.shape, dtype=dtype)
+    dtype = math_dtype(grad.dtype)
+    d_query = grad.new_empty(grad.shape[0], grad.shape[1], key.shape[1])
+    return d_query, *(x.new_empty(x.shape, dtype=dtype) for x in (key, value, gate))
 
 
 def _define(namespace: str, implementation: Callable[[str], Callable]) -> None:

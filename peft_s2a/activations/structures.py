@@ -40,7 +40,7 @@ def add_prompt_attention(
             add_prompt_attention, tensors, attended, query, key, value, gate, num_heads=num_heads
         )
     heads = _with_heads(query, num_heads)
-    return reference.prompt_attention(attended, heads, *_gated(query, key, value, gate, num_heads), _scale(heads))
+    return reference.prompt_attention(attended, heads, key, value, gate, _scale(heads))
 
 
 def quantized_add_prompt_attention(
@@ -51,12 +51,6 @@ def quantized_add_prompt_attention(
     if not _recording(attended, query, key, value, gate):
         return add_prompt_attention(attended, query, key, value, gate, num_heads)
     return _AddPromptAttention.apply(attended, query, key, value, gate, num_heads, quantizer)
-
-
-def _gated(like: Tensor, key: Tensor, value: Tensor, gate: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
-    """Keys and gated values, [num_heads, prompts, d] in the dtype of `like`."""
-    key, value = (tokens.view(len(tokens), num_heads, -1).transpose(0, 1) for tokens in (key, value))
-    return key.to(like.dtype), (value * gate.tanh()[:, None, None]).to(like.dtype)
 
 
 def _with_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -77,31 +71,20 @@ class _AddPromptAttention(torch.autograd.Function):
         ctx.quantizer, ctx.scale = quantizer, _scale(heads)
         ctx.query_like = query.shape, query.dtype
         rows = attended.reshape(heads.shape[0], heads.shape[2], -1)
-        gated = _gated(query, key, value, gate, num_heads)
-        return quantizer.ops.prompt_attention(rows, heads, *gated, ctx.scale).view(attended.shape)
+        return quantizer.ops.prompt_attention(rows, heads, key, value, gate, ctx.scale).view(attended.shape)
 
     @staticmethod
     def backward(ctx, grad):
         _refuse_double_backward()
         packed, scales, mean, *parameters = ctx.saved_tensors
-        samples, heads, tokens, _ = packed.shape
+        samples, _, tokens, _ = packed.shape
         shape, dtype = ctx.query_like
-        d_query, d_key, d_value = ctx.quantizer.ops.prompt_attention_backward(
-            grad.reshape(samples, tokens, -1), [packed, scales, mean], *_gated(grad, *parameters, heads), ctx.scale,
-            ctx.quantizer.bits, ctx.quantizer.group_size,
+        d_query, *grads = ctx.quantizer.ops.prompt_attention_backward(
+            grad.reshape(samples, tokens, -1), [packed, scales, mean], *parameters, ctx.scale, ctx.quantizer.bits,
+            ctx.quantizer.group_size,
         )  # fmt: skip
         d_query = d_query.view(shape).to(dtype) if ctx.needs_input_grad[1] else None
-        return grad, d_query, *_ungated(d_key, d_value, *parameters), None, None
-
-
-def _ungated(
-    d_key: Tensor, d_value: Tensor, key: Tensor, value: Tensor, gate: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of `_gated`'s arguments, from those of its results."""
-    opening = gate.tanh()
-    d_key, d_value = (d.transpose(0, 1).flatten(1) for d in (d_key.to(key.dtype), d_value.to(value.dtype)))
-    d_gate = (d_value * value).sum(0).view(len(gate), -1).sum(1) * (1 - opening**2)
-    return d_key, d_value * opening.repeat_interleave(value.shape[1] // len(gate)), d_gate.to(gate.dtype)
+        return grad, d_query, *(d.to(parameter.dtype) for d, parameter in zip(grads, parameters)), None, None
 
 
 def add_low_rank(base: Tensor, hidden: Tensor, up: Tensor, scaling: float, activation: str | None = None) -> Tensor:

@@ -234,11 +234,12 @@ def check_prompts(backend: ModuleType, device, dtype, bits, group, sizes, seed=0
     attended, grad = (
         random((samples, length, heads * value_dim), dtype, seed + i, device=device) for i in range(1, 3)
     )
-    key, value = (random((heads, count, d), torch.float32, seed + 3, device=device) for d in (dim, value_dim))
+    key, value = (random((count, heads * d), torch.float32, seed + 3, device=device) for d in (dim, value_dim))
+    gate = random(heads, torch.float32, seed + 4, device=device)
     coded = list(reference.encode_heads(query, bits, group, True, True, None))
     results = []
     for each, kind in ((backend, dtype), (reference, dtype), (reference, torch.float64)):
-        tokens = key.to(kind), value.to(kind), 0.4
+        tokens = key.to(kind), value.to(kind), gate.to(kind), 0.4
         results.append(
             [
                 each.prompt_attention(attended.to(kind), query.to(kind), *tokens),

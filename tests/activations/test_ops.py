@@ -6,13 +6,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peft_s2a.activations import functional
 from peft_s2a.activations.functional import Quantizer
-from peft_s2a.activations.ops import op_set, op_set_name
+from peft_s2a.activations.ops import _declared, op_set, op_set_name
 
 
 def _calls():
     ops = op_set("reference")
     x, grad, seed = torch.randn(5, 24), torch.randn(5, 24), torch.tensor(7)
     heads = torch.randn(2, 7, 3, 8).transpose(1, 2)
+    permuted = torch.randn(24, 2, 3).permute(1, 2, 0)
+    prompts = torch.randn(4, 24), torch.randn(4, 15), torch.randn(3)
     groups = ops.encode_groups(x, 3, 8, None)
     normed = ops.encode_norm(x, 1e-5, True, True, 4, 24, None)
     coded = list(ops.encode_heads(heads, 4, 8, True, True, None))
@@ -21,9 +23,9 @@ def _calls():
     mapped = ops.encode_channels(maps, *channels, 4, 8, None)
     pooled = ops.max_pool2d(maps, [2, 2], [2, 1], [1, 0], [1, 1], True, 2)
     return {
-        "encode_steps": (x.view(-1), [-0.5, 0.5], [0, 1, 2], 2),
-        "encode_levels": (x.view(-1), [0.0, 0.2, 0.5, 1.0], 2, seed),
-        "scale_by_levels": (grad.view(-1), torch.randint(0, 255, (30,), dtype=torch.uint8), [0.0, 0.2, 0.5, 1.0], 2),
+        "encode_steps": (permuted, [-0.5, 0.5], [0, 1, 2], 2),
+        "encode_levels": (permuted, [0.0, 0.2, 0.5, 1.0], 2, seed),
+        "scale_by_levels": (grad.t(), torch.randint(0, 255, (30,), dtype=torch.uint8), [0.0, 0.2, 0.5, 1.0], 2),
         "encode_groups": (x, 3, 8, seed),
         "decode_groups": (*groups, 3, 8, 24, torch.float32),
         "encode_roots": (x.abs(), 3, 8, seed),
@@ -33,11 +35,25 @@ def _calls():
         "gated_backward": (grad, list(groups), list(groups), "leaky_relu", ["negative_slope"], [0.2], 3, 8),
         "max_pool2d": (maps, [2, 2], [2, 1], [1, 0], [1, 1], True, 2),
         "max_pool2d_backward": (pooled[0], pooled[1], [2, 2], [2, 1], [1, 0], [1, 1], 3, 12, 2),
-        "encode_norm": (x, 1e-5, True, True, 4, 24, None),
-        "norm_backward": (grad, *normed, torch.randn(24), True, 4, 24, [True, True, False]),
+        "encode_norm": (permuted, 1e-5, True, True, 4, 24, None),
+        "norm_backward": (
+            grad.view(1, 5, 24).transpose(0, 1),
+            *normed,
+            torch.randn(24),
+            True,
+            4,
+            24,
+            [True, True, False],
+        ),
         "encode_heads": (heads, 4, 8, True, True, None),
         "attention_backward": (torch.randn(2, 3, 7, 8), coded, coded, coded, mask, False, 0.3, 4, 8, 8, True),
+        "prompt_attention": (torch.randn(2, 7, 15), heads, *prompts, 0.3),
+        "prompt_attention_backward": (torch.randn(2, 7, 15), coded, *prompts, 0.3, 4, 8),
     }
+
+
+def test_every_op_is_called_here():
+    assert _calls().keys() == _declared.keys()
 
 
 @pytest.mark.parametrize("backend", ["reference", "auto", "triton"])

@@ -24,7 +24,7 @@ def encode_steps(x: Tensor, thresholds: list[float], codes: list[int], bits: int
 
 def encode_levels(values: Tensor, levels: list[float], bits: int, seed: int) -> Tensor:
     table = torch.tensor(levels, dtype=codec.math_dtype(values.dtype), device=values.device)
-    values = values.to(table.dtype)
+    values = values.to(table.dtype).contiguous().view(-1)
     below = torch.bucketize(values, table[1:-1].contiguous(), out_int32=True)
     low, high = table[below], table[below + 1]
     fraction = (values - low) / torch.where(high > low, high - low, 1)
@@ -34,8 +34,8 @@ def encode_levels(values: Tensor, levels: list[float], bits: int, seed: int) -> 
 
 def scale_by_levels(grad: Tensor, packed: Tensor, levels: list[float], bits: int) -> Tensor:
     table = torch.tensor(levels, dtype=codec.math_dtype(grad.dtype), device=grad.device)
-    codes = codec.unpack(packed.view(1, -1), bits, grad.numel()).view(-1)
-    return (grad * table[codes.to(torch.int32)]).to(grad.dtype)
+    codes = codec.unpack(packed.view(1, -1), bits, grad.numel()).view(grad.shape)
+    return (grad.contiguous() * table[codes.to(torch.int32)]).to(grad.dtype)
 
 
 def encode_groups(x: Tensor, bits: int, group_size: int, seed: int | None) -> tuple[Tensor, Tensor]:
@@ -70,6 +70,7 @@ def encode_channels(
 def encode_norm(
     x: Tensor, eps: float, center: bool, by_column: bool, bits: int, group_size: int, seed: int | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x = x.reshape(-1, x.shape[-1])
     columns = codec.column_statistics(x, eps, center) if by_column else x.new_empty(0, dtype=torch.bfloat16)
     x = x.to(codec.math_dtype(x.dtype))
     if center:
@@ -96,11 +97,11 @@ def norm_backward(
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = codec.math_dtype(grad.dtype)
-    x_hat = codec.decode_groups(packed, scales, bits, group_size, grad.shape[1], dtype)
+    x_hat = codec.decode_groups(packed, scales, bits, group_size, grad.shape[-1], dtype)
     if columns.numel():
         mean, deviation = columns.to(dtype)
         x_hat = x_hat * deviation + mean
-    dy = grad.to(dtype)
+    dy = grad.reshape(-1, grad.shape[-1]).to(dtype)
     empty = grad.new_empty(0)
     d_input = d_weight = d_bias = empty
     if wanted[0]:
@@ -108,7 +109,7 @@ def norm_backward(
         d_x = g - x_hat * (g * x_hat).mean(1, keepdim=True)
         if center:
             d_x -= g.mean(1, keepdim=True)
-        d_input = d_x.mul_(rstd[:, None].to(dtype)).to(grad.dtype)
+        d_input = d_x.mul_(rstd[:, None].to(dtype)).to(grad.dtype).view(grad.shape)
     if wanted[1]:
         d_weight = (dy * x_hat).sum(0)
     if wanted[2]:
@@ -263,25 +264,51 @@ def attention_backward(
     return attention.attention_backward(grad, decode, shapes, mask, is_causal, scale, mask_wanted)
 
 
-def prompt_attention(attended: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def gated_prompts(key: Tensor, value: Tensor, gate: Tensor, heads: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys and gated values, ``[H, P, size]``."""
+    key, value = (tokens.view(len(tokens), heads, -1).transpose(0, 1) for tokens in (key, value))
+    return key.to(dtype), (value * gate.tanh()[:, None, None]).to(dtype)
+
+
+def ungated_prompts(d_key: Tensor, d_value: Tensor, value: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `gated_prompts`' keys, values and gate, from those of its results."""
+    opening = gate.to(d_value.dtype).tanh()
+    d_key, d_value = (d.transpose(0, 1).flatten(1) for d in (d_key, d_value))
+    d_gate = (d_value * value).sum(0).view(len(gate), -1).sum(1) * (1 - opening**2)
+    return d_key.contiguous(), d_value * opening.repeat_interleave(value.shape[1] // len(gate)), d_gate
+
+
+def prompt_attention(
+    attended: Tensor, query: Tensor, key: Tensor, value: Tensor, gate: Tensor, scale: float
+) -> Tensor:
+    key, value = gated_prompts(key, value, gate, query.shape[1], query.dtype)
     scores = query @ key.transpose(-1, -2) * scale
     prompts = (scores.softmax(-1) @ value).transpose(1, 2)
     return attended + prompts.reshape(attended.shape).to(attended.dtype)
 
 
 def prompt_attention_backward(
-    grad: Tensor, query: list[Tensor], key: Tensor, value: Tensor, scale: float, bits: int, group_size: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor,
+    query: list[Tensor],
+    key: Tensor,
+    value: Tensor,
+    gate: Tensor,
+    scale: float,
+    bits: int,
+    group_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     packed, scales, mean = query
     samples, heads, tokens, _ = packed.shape
     dtype = codec.math_dtype(grad.dtype)
-    key, value, dim = key.to(dtype), value.to(dtype), key.shape[-1]
+    keys, values = (x.to(dtype) for x in gated_prompts(key, value, gate, heads, grad.dtype))
+    dim = keys.shape[-1]
     q = codec.decode_groups(packed.flatten(0, 2), scales.flatten(0, 2), bits, group_size, dim, dtype)
     q = q.view(samples, heads, tokens, dim)
     if mean.numel():
         q = q + mean
-    d_out = grad.to(dtype).view(samples, tokens, heads, value.shape[-1]).transpose(1, 2)
-    p = (q @ key.transpose(-1, -2) * scale).softmax(-1)
-    d_s = torch._softmax_backward_data(d_out @ value.transpose(-1, -2), p, -1, dtype).mul_(scale)
-    d_query = (d_s @ key).transpose(1, 2).flatten(2).to(grad.dtype)
-    return d_query, (d_s.transpose(-1, -2) @ q).sum(0), (p.transpose(-1, -2) @ d_out).sum(0)
+    d_out = grad.to(dtype).view(samples, tokens, heads, values.shape[-1]).transpose(1, 2)
+    p = (q @ keys.transpose(-1, -2) * scale).softmax(-1)
+    d_s = torch._softmax_backward_data(d_out @ values.transpose(-1, -2), p, -1, dtype).mul_(scale)
+    d_query = (d_s @ keys).transpose(1, 2).flatten(2).to(grad.dtype)
+    d_keys, d_values = (d_s.transpose(-1, -2) @ q).sum(0), (p.transpose(-1, -2) @ d_out).sum(0)
+    return d_query, *ungated_prompts(d_keys, d_values, value.to(dtype), gate)

@@ -171,8 +171,9 @@ gated_backward = functools.partial(reference.gated_backward, decode=decode_group
 def encode_norm(
     x: Tensor, eps: float, center: bool, by_column: bool, bits: int, group_size: int, seed: int | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if x.dtype not in _DTYPES or not x.numel() or not _fits(x.shape[1], group_size):
+    if x.dtype not in _DTYPES or not x.numel() or not _fits(x.shape[-1], group_size):
         return reference.encode_norm(x, eps, center, by_column, bits, group_size, seed)
+    x = x.reshape(-1, x.shape[-1])
     columns = codec.column_statistics(x, eps, center) if by_column else None
     coded = _encode_rows(x[None, None], 1 if center else 2, eps, columns, None, bits, group_size, seed)
     return *coded, x.new_empty(0, dtype=torch.bfloat16) if columns is None else columns
@@ -190,7 +191,7 @@ def norm_backward(
     group_size: int,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows, count = grad.shape
+    rows, count = rstd.shape[0], grad.shape[-1]
     if grad.dtype not in _DTYPES or rstd.dtype != torch.float32 or not grad.numel() or not _fits(count, group_size):
         return reference.norm_backward(grad, packed, scales, rstd, columns, weight, center, bits, group_size, wanted)
     grad, packed, scales, rstd, columns = (t.contiguous() for t in (grad, packed, scales, rstd, columns))
@@ -291,17 +292,20 @@ def _prompt_slots(count: int, group_size: int, dim: int, value_dim: int) -> dict
     return slots if max(slots["Q_SLOTS"], slots["V_SLOTS"], slots["PROMPTS"]) <= _MAX_HEAD_SLOTS else None
 
 
-def prompt_attention(attended: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def prompt_attention(
+    attended: Tensor, query: Tensor, key: Tensor, value: Tensor, gate: Tensor, scale: float
+) -> Tensor:
     samples, heads, length, dim = query.shape
-    value_dim = value.shape[2]
-    slots = _prompt_slots(key.shape[1], dim, dim, value_dim)
+    count, value_dim = len(value), value.shape[1] // heads
+    slots = _prompt_slots(count, dim, dim, value_dim)
     if query.dtype not in _DTYPES or attended.dtype not in _DTYPES or not attended.numel() * key.numel() or not slots:
-        return reference.prompt_attention(attended, query, key, value, scale)
+        return reference.prompt_attention(attended, query, key, value, gate, scale)
+    keys, values = reference.gated_prompts(key, value, gate, heads, query.dtype)
     out = torch.empty_like(attended, memory_format=torch.contiguous_format)
     _launch(
         kernels.prompt_attention, lambda meta: (samples * heads * triton.cdiv(length, meta["QUERIES"]),),
-        attended.contiguous(), query, key.contiguous(), value.contiguous(), out, samples, heads, length, key.shape[1],
-        scale, *query.stride(),
+        attended.contiguous(), query, keys.contiguous(), values.contiguous(), out, samples, heads, length, count, scale,
+        *query.stride(),
         Q_DIM=dim, Q_SLOTS=slots["Q_SLOTS"], V_DIM=value_dim, V_SLOTS=slots["V_SLOTS"], PROMPTS=slots["PROMPTS"],
         PRECISION=_precision(query.dtype),
     )  # fmt: skip
@@ -309,23 +313,30 @@ def prompt_attention(attended: Tensor, query: Tensor, key: Tensor, value: Tensor
 
 
 def prompt_attention_backward(
-    grad: Tensor, query: list[Tensor], key: Tensor, value: Tensor, scale: float, bits: int, group_size: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor,
+    query: list[Tensor],
+    key: Tensor,
+    value: Tensor,
+    gate: Tensor,
+    scale: float,
+    bits: int,
+    group_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     samples, heads, length, _ = query[0].shape
-    _, count, dim = key.shape
-    value_dim = value.shape[2]
+    count, dim, value_dim = len(key), key.shape[1] // heads, value.shape[1] // heads
     slots = _prompt_slots(count, group_size, dim, value_dim)
     if grad.dtype not in _DTYPES or not grad.numel() * key.numel() or not slots:
-        return reference.prompt_attention_backward(grad, query, key, value, scale, bits, group_size)
+        return reference.prompt_attention_backward(grad, query, key, value, gate, scale, bits, group_size)
+    keys, values = reference.gated_prompts(key, value, gate, heads, grad.dtype)
     grad, packed, scales, mean = (part.contiguous() for part in (grad, *query))
     d_query = grad.new_empty(samples, length, heads * dim)
     shares = min(-(-_programs(grad.device) // heads), samples * length)  # programs a head
     d_key, d_value = (grad.new_empty(shares, heads, count, d, dtype=torch.float32) for d in (dim, value_dim))
     _launch(
         kernels.prompt_attention_backward, (shares * heads,),
-        grad, packed, scales, mean if mean.numel() else packed, key.contiguous(), value.contiguous(), d_query, d_key,
+        grad, packed, scales, mean if mean.numel() else packed, keys.contiguous(), values.contiguous(), d_query, d_key,
         d_value, samples, heads, length, count, scale,
         BITS=bits, Q_DIM=dim, V_DIM=value_dim, Q_MEAN=mean.numel() > 0, PRECISION=_precision(grad.dtype),
         **{name: size for name, size in slots.items() if name not in ("V_GROUP", "V_GROUP_SLOTS")},
     )  # fmt: skip
-    return d_query, d_key.sum(0), d_value.sum(0)
+    return d_query, *reference.ungated_prompts(d_key.sum(0), d_value.sum(0), value, gate)

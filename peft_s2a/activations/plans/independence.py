@@ -566,7 +566,7 @@ def _attention(proof: _Proof, node: fx.Node, query, key, value_, mask, dropout_p
 
 
 @_rule(torch.ops.s2a.prompt_attention)
-def _prompt_attention(proof, node, attended, query, key, value_, *args):
-    if proof.samples(key, value_) or proof.of(attended) != proof.of(query):
+def _prompt_attention(proof, node, attended, query, key, value_, gate, *args):
+    if proof.samples(key, value_, gate) or proof.of(attended) != proof.of(query):
         raise Dependent("prompts are not shared")
-    return _first(proof, node, attended, key, value_)
+    return _first(proof, node, attended, key, value_, gate)

@@ -132,7 +132,9 @@ class Planner:
             if reason := _unfit():
                 raise Untraceable(reason)
             leaves: list[Any] = []
-            with torch._C.DisableTorchFunction():  # a mode in force would take every attribute read of a tensor for a call
+            with (
+                torch._C.DisableTorchFunction()
+            ):  # a mode in force would take every attribute read of a tensor for a call
                 key = (_describe(args, leaves), _describe(kwargs, leaves), _ambient())
                 watch = self._watched(module)
             entry = self._entries.get(key)

@@ -81,6 +81,18 @@ Tensor checked(const Tensor &x, const char *name, int dim) {
     return dense(x);
 }
 
+struct Rows {
+    long rows, count;
+};
+
+/* A tensor as rows, which its last dimension is */
+Rows rows_of(const Tensor &x, const char *name) {
+    CHECK(x.dim() >= 1, name, " must have a dimension");
+    Rows of = {1, (long)x.size(x.dim() - 1)};
+    for (int64_t d = 0; d + 1 < x.dim(); d++) of.rows *= (long)x.size(d);
+    return of;
+}
+
 Tensor bytes(const Tensor &x, const char *name, int64_t numel) {
     CHECK(x.is_cpu() && x.scalar_type() == ScalarType::Byte, name, " must be uint8 on the CPU");
     CHECK(x.numel() == numel, name, " must have ", numel, " bytes, not ", x.numel());
@@ -145,7 +157,7 @@ struct Floats {
 
 Tensor encode_steps(Tensor x, vector<double> thresholds, vector<int64_t> codes, int64_t bits) {
     check_bits(bits);
-    x = checked(x, "x", 1);
+    x = checked(x, "x", -1);
     CHECK(codes.size() == thresholds.size() + 1, "there must be one code more than thresholds");
     vector<float> edges(thresholds.begin(), thresholds.end());
     vector<int32_t> deltas(thresholds.size());
@@ -163,7 +175,7 @@ Tensor encode_steps(Tensor x, vector<double> thresholds, vector<int64_t> codes, 
 
 Tensor scale_by_levels(Tensor grad, Tensor packed, vector<double> levels, int64_t bits) {
     check_bits(bits);
-    grad = checked(grad, "grad", 1);
+    grad = checked(grad, "grad", -1);
     long count = grad.numel();
     packed = bytes(packed, "packed", packed_width(count, bits));
     CHECK(!levels.empty() && levels.size() <= 256, "there must be 1 to 256 levels, not ", levels.size());
@@ -291,8 +303,8 @@ tuple<Tensor, Tensor> gated_backward(Tensor grad, Tensors gate, Tensors up, std:
 
 tuple<Tensor, Tensor, Tensor, Tensor> encode_norm(Tensor x, double eps, bool center, bool by_column, int64_t bits,
                                                   int64_t group_size, optional<Tensor> seed) {
-    x = checked(x, "x", 2);
-    long rows = x.size(0), count = x.size(1);
+    x = checked(x, "x", -1);
+    auto [rows, count] = rows_of(x, "x");
     Tensor columns = by_column ? empty({2, count}, ScalarType::BFloat16) : empty({0}, ScalarType::BFloat16);
     Room standards((by_column ? 2 * count : 0) * sizeof(float));
     if (by_column) {
@@ -315,8 +327,9 @@ tuple<Tensor, Tensor, Tensor, Tensor> encode_norm(Tensor x, double eps, bool cen
 tuple<Tensor, Tensor, Tensor> norm_backward(Tensor grad, Tensor packed, Tensor scales, Tensor rstd, Tensor columns,
                                             optional<Tensor> weight, bool center, int64_t bits, int64_t group_size,
                                             vector<bool> wanted) {
-    grad = checked(grad, "grad", 2);
-    long rows = grad.size(0), count = grad.size(1), group = checked_group(bits, group_size, count);
+    grad = checked(grad, "grad", -1);
+    auto [rows, count] = rows_of(grad, "grad");
+    long group = checked_group(bits, group_size, count);
     check_coded(packed, scales, rows, count, bits, group);
     CHECK(wanted.size() == 3, "wanted must be three");
     Floats deviations(rstd, "rstd", rows), weights(weight, "weight", count);
@@ -524,54 +537,90 @@ tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(Tensor grad, Tensors qu
     return {d_query, d_key, d_value, empty({0}, ScalarType::Float)};
 }
 
-void check_prompts(const Tensor &key, const Tensor &value, long heads, long dim) {
-    CHECK(key.dim() == 3 && value.dim() == 3 && key.size(0) == heads && value.size(0) == heads && key.size(2) == dim &&
-              key.size(1) == value.size(1),
-          "prompts must be [heads, prompts, size of heads]");
-}
+/* Keys and values of prompts as the kernels read them, [heads, prompts, size]: gated, and rounded to the dtype of what
+ * attends to them. */
+struct Prompts {
+    long heads, count = 0, dim = 0, value_dim = 0;
+    Floats given_keys, given_values, gates;
+    optional<Room> room;
+    float *keys = nullptr, *values = nullptr, *openings = nullptr;
 
-Tensor prompt_attention(Tensor attended, Tensor query, Tensor key, Tensor value, double scale) {
+    Prompts(const Tensor &key, const Tensor &value, const Tensor &gate, ScalarType dtype)
+        : heads(gate.numel()), given_keys(key, "key", key.numel()), given_values(value, "value", value.numel()),
+          gates(gate, "gate", gate.numel()) {
+        CHECK(key.dim() == 2 && value.dim() == 2 && gate.dim() == 1 && heads > 0 && key.size(0) == value.size(0) &&
+                  key.size(1) % heads == 0 && value.size(1) % heads == 0,
+              "prompts must be [prompts, heads * size], and their gate [heads]");
+        count = key.size(0), dim = key.size(1) / heads, value_dim = value.size(1) / heads;
+        room.emplace((heads * count * (dim + value_dim) + heads) * sizeof(float));
+        keys = room->floats(), values = keys + heads * count * dim, openings = values + heads * count * value_dim;
+        by_dtype(dtype, [&](auto type) {
+            using T = decltype(type);
+            for (long h = 0; h < heads; h++) {
+                openings[h] = std::tanh(gates.start[h]);
+                for (long j = 0; j < count; j++) {
+                    const float *k = given_keys.start + (j * heads + h) * dim, *v = given_values.start + (j * heads + h) * value_dim;
+                    for (long i = 0; i < dim; i++) keys[(h * count + j) * dim + i] = load(store<T>(k[i]));
+                    for (long i = 0; i < value_dim; i++)
+                        values[(h * count + j) * value_dim + i] = load(store<T>(v[i] * openings[h]));
+                }
+            }
+        });
+    }
+};
+
+Tensor prompt_attention(Tensor attended, Tensor query, Tensor key, Tensor value, Tensor gate, double scale) {
     attended = checked(attended, "attended", 3), query = with_rows(query, "query");
     long samples = query.size(0), heads = query.size(1), length = query.size(2), dim = query.size(3);
-    check_prompts(key, value, heads, dim);
-    long prompts = key.size(1), value_dim = value.size(2);
-    CHECK(attended.size(0) == samples && attended.size(1) == length && attended.size(2) == heads * value_dim,
+    Prompts prompts(key, value, gate, query.scalar_type());
+    CHECK(prompts.heads == heads && prompts.dim == dim, "prompts must have the heads of the query");
+    CHECK(attended.size(0) == samples && attended.size(1) == length && attended.size(2) == heads * prompts.value_dim,
           "attended must be [samples, tokens, heads * size of values]");
-    Floats keys(key, "key", key.numel()), values(value, "value", value.numel());
     Tensor out = like(attended);
     const long strides[3] = {(long)query.stride(0), (long)query.stride(1), (long)query.stride(2)};
     if (out.numel())
         by_dtype(query.scalar_type(), [&](auto type) {
             using T = decltype(type);
-            kernels::prompt_attention(data<T>(attended), data<T>(query), strides, keys.start, values.start, (float)scale, samples, heads,
-                             length, prompts, dim, value_dim, data<T>(out));
+            kernels::prompt_attention(data<T>(attended), data<T>(query), strides, prompts.keys, prompts.values, (float)scale, samples,
+                             heads, length, prompts.count, dim, prompts.value_dim, data<T>(out));
         });
     return out;
 }
 
-tuple<Tensor, Tensor, Tensor> prompt_attention_backward(Tensor grad, Tensors query, Tensor key, Tensor value, double scale,
-                                                        int64_t bits, int64_t group_size) {
+tuple<Tensor, Tensor, Tensor, Tensor> prompt_attention_backward(Tensor grad, Tensors query, Tensor key, Tensor value,
+                                                                Tensor gate, double scale, int64_t bits, int64_t group_size) {
     grad = checked(grad, "grad", 3);
     CHECK(query.size() == 3 && query[0].dim() == 4, "query must be the three results of encode_heads");
     long samples = query[0].size(0), heads = query[0].size(1), length = query[0].size(2);
-    CHECK(key.dim() == 3, "key must have 3 dimensions");
-    long prompts = key.size(1), dim = key.size(2), value_dim = value.size(2);
-    check_prompts(key, value, heads, dim);
+    Prompts prompts(key, value, gate, grad.scalar_type());
+    long count = prompts.count, dim = prompts.dim, value_dim = prompts.value_dim;
+    CHECK(prompts.heads == heads, "prompts must have the heads of the query");
     CHECK(grad.size(0) == samples && grad.size(1) == length && grad.size(2) == heads * value_dim,
           "grad must be [samples, tokens, heads * size of values]");
     long group = checked_group(bits, group_size, dim);
     Coded queries = coded_heads(query, samples, heads, length, dim, bits, group);
-    Floats keys(key, "key", key.numel()), values(value, "value", value.numel());
     Tensor d_query = empty({samples, length, heads * dim}, grad.scalar_type());
-    Tensor d_key = zeros(sizes_of(key)), d_value = zeros(sizes_of(value));
-    if (grad.numel())
-        by_dtype(grad.scalar_type(), [&](auto type) {
-            using T = decltype(type);
-            kernels::prompt_attention_backward(data<T>(grad), queries, keys.start, values.start, (float)scale, (int)bits, group, samples,
-                                      heads, length, prompts, dim, value_dim, data<T>(d_query), data<float>(d_key),
-                                      data<float>(d_value));
-        });
-    return {d_query, d_key, d_value};
+    Tensor d_key = zeros(sizes_of(key)), d_value = zeros(sizes_of(value)), d_gate = zeros({heads});
+    if (!grad.numel()) return {d_query, d_key, d_value, d_gate};
+    Room room(heads * count * (dim + value_dim) * sizeof(float));
+    float *of_keys = room.floats(), *of_values = of_keys + heads * count * dim;
+    by_dtype(grad.scalar_type(), [&](auto type) {
+        using T = decltype(type);
+        kernels::prompt_attention_backward(data<T>(grad), queries, prompts.keys, prompts.values, (float)scale, (int)bits, group,
+                                  samples, heads, length, count, dim, value_dim, data<T>(d_query), of_keys, of_values);
+    });
+    for (long h = 0; h < heads; h++) {
+        float opening = prompts.openings[h], sum = 0;
+        for (long j = 0; j < count; j++) {
+            memcpy(data<float>(d_key) + (j * heads + h) * dim, of_keys + (h * count + j) * dim, dim * sizeof(float));
+            const float *from = of_values + (h * count + j) * value_dim;
+            const float *values = prompts.given_values.start + (j * heads + h) * value_dim;
+            float *d = data<float>(d_value) + (j * heads + h) * value_dim;
+            for (long i = 0; i < value_dim; i++) d[i] = from[i] * opening, sum += from[i] * values[i];
+        }
+        data<float>(d_gate)[h] = sum * (1 - opening * opening);
+    }
+    return {d_query, d_key, d_value, d_gate};
 }
 
 /* ------------------------------------- what the kernels know, of a raw stack ------------------------------------- */
