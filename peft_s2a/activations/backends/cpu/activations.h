@@ -5,20 +5,42 @@
 
 namespace kernels {
 
-#ifdef __AVX512F__
-/* table[index], of 32 entries, an entry a lane */
-INLINE vector16 look_up32(const vector16 *table, index16 index) {
-    return (vector16)_mm512_permutex2var_ps((__m512)table[0], (__m512i)index, (__m512)table[1]);
-}
+#ifdef __AVX2__
+/* Up to 31 thresholds as a binary search meets them, and the codes of what lies between. */
+struct SearchTree {
+    int depth;
+    vector16 levels[5]; /* level l: of 2^l thresholds */
+    __m128i codes[2];
 
-/* codes[i] = table[number of edges below x[i]]: a binary search among 2 * widest - 1 edges, in registers. */
-INLINE void search16(const float *x, long n, const vector16 *edges, const index16 *table, int widest, uint8_t *codes) {
+    SearchTree(const float *thresholds, const int32_t *deltas, int count, int first) {
+        float edges[32], level[16] = {};
+        uint8_t table[32];
+        for (int t = 0, code = first; t < 32; t++) {
+            edges[t] = t < count ? thresholds[t] : INFINITY;
+            table[t] = (uint8_t)code;
+            code += t < count ? deltas[t] : 0;
+        }
+        for (depth = 1; 1 << depth <= count;) depth++;
+        for (int l = 0; l < depth; l++) {
+            for (int i = 0; i < 1 << l; i++) level[i] = edges[((2 * i + 1) << (depth - 1 - l)) - 1];
+            levels[l] = load16(level);
+        }
+        memcpy(codes, table, sizeof codes);
+    }
+};
+
+/* codes[i] = that of where x[i] lies, sixteen at a time */
+INLINE void search16(const float *x, long n, const SearchTree &tree, int depth, uint8_t *codes) {
     for (long i = 0; i < n; i += 16) {
-        vector16 v = *(const loose16 *)(x + i);
-        index16 below = {0};
-        for (int step = widest; step; step /= 2)
-            below += (v > look_up32(edges, below + (step - 1))) & step;
-        to_bytes16((index16)look_up32((const vector16 *)table, below), codes + i);
+        vector16 v = load16(x + i);
+        index16 below = 0;
+        for (int l = 0; l < depth; l++) /* masks are minus one */
+            below = below + below - (v > (l < 4 ? look_up8(tree.levels[l], below) : look_up16(tree.levels[l], below)));
+        to_bytes16(below, codes + i);
+        __m128i place = _mm_loadu_si128((const __m128i *)(codes + i));
+        __m128i found = _mm_blendv_epi8(_mm_shuffle_epi8(tree.codes[0], place), _mm_shuffle_epi8(tree.codes[1], place),
+                                        _mm_slli_epi16(place, 3)); /* bit 4, which chooses, becomes the sign */
+        _mm_storeu_si128((__m128i *)(codes + i), found);
     }
 }
 #endif
@@ -33,18 +55,17 @@ void step_codes(const T *x, long n, const float *thresholds, const int32_t *delt
     long i = 0;
     if (values == loaded)
         for (long k = 0; k < n; k++) loaded[k] = load(x[k]);
-#ifdef __AVX512F__ /* a binary search in registers: up to 31 thresholds fit into two */
+#ifdef __AVX2__
     if (count < 32) {
-        vector16 edges[2];
-        index16 table[2];
-        for (int t = 0, code = first; t < 32; t++) {
-            edges[t / 16][t % 16] = t < count ? thresholds[t] : INFINITY;
-            table[t / 16][t % 16] = code;
-            code += t < count ? deltas[t] : 0;
-        }
+        const SearchTree tree(thresholds, deltas, count, first);
         i = n / 16 * 16;
-        if (count < 2) search16(values, i, edges, table, 1, codes); /* masks */
-        else search16(values, i, edges, table, 16, codes);
+        switch (tree.depth) {
+        case 1: search16(values, i, tree, 1, codes); break;
+        case 2: search16(values, i, tree, 2, codes); break;
+        case 3: search16(values, i, tree, 3, codes); break;
+        case 4: search16(values, i, tree, 4, codes); break;
+        default: search16(values, i, tree, 5, codes);
+        }
     }
 #endif
     for (long k = i; k < n; k++) sums[k] = first;
@@ -75,7 +96,9 @@ void encode_steps(const T *x, long count, const float *thresholds, const int32_t
             long begin = s * width + j, n = MIN(size, count - begin);
             if (n <= 0) break;
             step_codes(x + begin, n, thresholds, deltas, n_thresholds, first, codes);
-            for (long i = 0; i < n; i++) out[j + i] |= codes[i] << s * bits;
+            long i = 0; /* codes do not cross bytes when shifted */
+            for (; i + 16 <= n; i += 16) *(words8 *)(out + j + i) |= *(const words8 *)(codes + i) << s * bits;
+            for (; i < n; i++) out[j + i] |= codes[i] << s * bits;
         }
     });
 }
@@ -95,8 +118,7 @@ void scale_by_levels(const T *grad, const uint8_t *packed, long count, const flo
     }
     long width = packed_width(count, bits);
     uint8_t mask = (uint8_t)((1 << bits) - 1);
-    vector16 table;
-    memcpy(&table, levels, sizeof table);
+    vector16 table = load16(levels);
     in_blocks(width, [&](long j) {
         long size = MIN(BLOCK, width - j);
         for (int s = 0; s < 8 / bits; s++) {
@@ -104,11 +126,10 @@ void scale_by_levels(const T *grad, const uint8_t *packed, long count, const flo
             if (n <= 0) break;
             if (bits <= 4) /* sixteen look-ups in a register at a time */
                 for (; i + 16 <= n; i += 16) {
-                    index16 index;
-                    vector16 value;
-                    for (int k = 0; k < 16; k++) index[k] = packed[j + i + k] >> s * bits & mask;
+                    float value[16];
                     for (int k = 0; k < 16; k++) value[k] = load(grad[begin + i + k]);
-                    value *= look_up16(table, index);
+                    index16 index = from_bytes16(packed + j + i) >> s * bits & mask;
+                    store16(value, load16(value) * look_up16(table, index));
                     for (int k = 0; k < 16; k++) out[begin + i + k] = store<T>(value[k]);
                 }
             for (; i < n; i++)

@@ -11,15 +11,15 @@ INLINE void product_tile(int rows, int vectors, const float *a, long a_row, long
     vector16 sums[12][4];
     for (int r = 0; r < rows; r++)
         for (int v = 0; v < vectors; v++)
-            sums[r][v] = add ? (vector16) * (loose16 *)(c + r * c_row + 16 * v) : (vector16){0};
+            sums[r][v] = add ? load16(c + r * c_row + 16 * v) : vector16(0);
     for (long k = 0; k < inner; k++) {
         vector16 right[4];
-        for (int v = 0; v < vectors; v++) right[v] = *(const loose16 *)(b + k * b_step + 16 * v);
+        for (int v = 0; v < vectors; v++) right[v] = load16(b + k * b_step + 16 * v);
         for (int r = 0; r < rows; r++)
             for (int v = 0; v < vectors; v++) sums[r][v] += a[r * a_row + k * a_step] * right[v];
     }
     for (int r = 0; r < rows; r++)
-        for (int v = 0; v < vectors; v++) *(loose16 *)(c + r * c_row + 16 * v) = sums[r][v];
+        for (int v = 0; v < vectors; v++) store16(c + r * c_row + 16 * v, sums[r][v]);
 }
 
 INLINE void product_columns(int vectors, long rows, const float *a, long a_row, long a_step, const float *b, long b_step,
@@ -60,20 +60,20 @@ inline float softmax_row(float *x, long count) {
     long padded = PAD16(count);
     if (!count) return 1;
     for (long i = count; i < padded; i++) x[i] = -INFINITY;
-    vector16 tops = *(loose16 *)x;
-    for (long i = 16; i < padded; i += 16) tops = larger16(*(loose16 *)(x + i), tops);
+    vector16 tops = load16(x);
+    for (long i = 16; i < padded; i += 16) tops = larger16(load16(x + i), tops);
     float top = largest16(tops);
     if (top == -INFINITY) {
         memset(x, 0, padded * sizeof(float));
         return 1;
     }
-    vector16 sums = {0};
+    vector16 sums = 0;
     for (long i = 0; i < padded; i += 16) {
-        vector16 e = exp16(*(loose16 *)(x + i) - top);
-        *(loose16 *)(x + i) = e, sums += e;
+        vector16 e = exp16(load16(x + i) - top);
+        store16(x + i, e), sums += e;
     }
     float sum = sum16(sums), scale = 1 / sum;
-    for (long i = 0; i < padded; i += 16) *(loose16 *)(x + i) *= scale;
+    for (long i = 0; i < padded; i += 16) store16(x + i, load16(x + i) * scale);
     if (fabsf(top) < 1024) return 1;
     float exponent = logf(sum);
     volatile float log_sum = top + exponent, shift = log_sum - top; /* rounded, which the compiler must not undo */
@@ -82,10 +82,10 @@ inline float softmax_row(float *x, long count) {
 
 /* d = p * (d - sum(p * d)), the gradient of the scores behind the probabilities p */
 static void softmax_row_backward(const float *p, float *d, long padded) {
-    vector16 sums = {0};
-    for (long i = 0; i < padded; i += 16) sums += *(loose16 *)(p + i) * *(loose16 *)(d + i);
+    vector16 sums = 0;
+    for (long i = 0; i < padded; i += 16) sums += load16(p + i) * load16(d + i);
     float sum = sum16(sums);
-    for (long i = 0; i < padded; i += 16) *(loose16 *)(d + i) = *(loose16 *)(p + i) * (*(loose16 *)(d + i) - sum);
+    for (long i = 0; i < padded; i += 16) store16(d + i, load16(p + i) * (load16(d + i) - sum));
 }
 
 static void transpose(const float *x, long rows, long columns, long x_row, float *out, long out_row) {

@@ -97,15 +97,15 @@ static void ranges_of(const float *x, long count, long group, long groups, vecto
             const float *v = x + (first + g) * group;
             long n = MIN(group, count - (first + g) * group);
             if (in_vectors(count, group)) {
-                lows[g] = highs[g] = *(const loose16 *)v;
+                lows[g] = highs[g] = load16(v);
                 for (long i = 16; i < n; i += 16) {
-                    vector16 next = *(const loose16 *)(v + i);
+                    vector16 next = load16(v + i);
                     lows[g] = smaller16(lows[g], next), highs[g] = larger16(highs[g], next);
                 }
             } else {
-                lows[g] = highs[g] = (vector16){0} + v[0];
+                lows[g] = highs[g] = v[0];
                 for (long i = 1; i < n; i++) {
-                    vector16 next = (vector16){0} + v[i];
+                    vector16 next = v[i];
                     lows[g] = smaller16(lows[g], next), highs[g] = larger16(highs[g], next);
                 }
             }
@@ -115,10 +115,9 @@ static void ranges_of(const float *x, long count, long group, long groups, vecto
 }
 
 INLINE void codes_of_16(const float *x, float offset, float inverse_step, vector16 threshold, float top, uint8_t *codes) {
-    const vector16 zero = {0};
-    vector16 unit = (*(const loose16 *)x - offset) * inverse_step + threshold;
-    unit = larger16(smaller16(unit, zero + top), zero); /* truncation is floor then; what is not a number becomes 0 */
-    to_bytes16(__builtin_convertvector(unit, index16), codes);
+    vector16 unit = (load16(x) - offset) * inverse_step + threshold;
+    unit = larger16(smaller16(unit, top), 0); /* truncation is floor then; what is not a number becomes 0 */
+    to_bytes16(whole16(unit), codes);
 }
 
 /* Where the scales of a row of `groups` groups lie, from group `first` on (a multiple of UNIT_GROUPS). */
@@ -135,19 +134,18 @@ inline Scales scales_from(const uint8_t *scales, long groups, long first) {
 /* The exponents of the units of `groups` groups, `per_unit` (1, 2 or 4) each, given their largest magnitudes: in every lane that
  * of its unit. */
 INLINE index16 exponents_of(vector16 magnitude, long groups, int per_unit) {
-    magnitude = (vector16)((index16)magnitude & (lane < (int32_t)MIN(groups, 16)));
+    magnitude = (vector16)((index16)magnitude & (lanes16() < (int32_t)MIN(groups, 16)));
     if (per_unit > 1) magnitude = larger16(magnitude, across16<1>(magnitude));
     if (per_unit > 2) magnitude = larger16(magnitude, across16<2>(magnitude));
     /* that of magnitude / 127, rounded up: 127 is 0x42FE0000, and what is below 64 of the smallest floats rounds to zero */
     index16 word = (index16)magnitude & 0x7FFFFFFF; /* zero may be negative */
     index16 exponent = (word - 0x3000000 + 0x1FFFF) >> 23;
-    exponent = (exponent & (exponent > 0)) | (1 & (exponent <= 0) & (word >= 64));
-    return exponent | (255 & (word >= 0x7F800000)); /* what is not finite decodes to NaN */
+    exponent = (exponent & (exponent > 0)) | ((exponent <= 0) & (word >= 64) & 1);
+    return exponent | ((word >= 0x7F800000) & 255); /* what is not finite decodes to NaN */
 }
 
 INLINE vector16 rounded_bound(vector16 bound, vector16 inverse_unit) {
-    const vector16 zero = {0};
-    return larger16(smaller16(nearest16(bound * inverse_unit), zero + 127), zero - 127);
+    return larger16(smaller16(nearest16(bound * inverse_unit), 127), -127);
 }
 
 /* Code up to CHUNK groups: one code a byte to `codes`. Behind x and codes there is room up to 15 further elements,
@@ -162,21 +160,21 @@ static void encode_chunk(const float *x, long count, int bits, long group, long 
         vector16 magnitude = larger16(larger16(low[v], -low[v]), larger16(high[v], -high[v]));
         index16 exponent = exponents_of(magnitude, groups - v * 16, per_unit);
         vector16 unit = (vector16)(exponent << 23);
-        vector16 inverse_unit = (vector16)((254 - exponent) << 23 & (exponent != 0) & (exponent != 255));
+        vector16 inverse_unit = (vector16)(((index16)254 - exponent) << 23 & (exponent != 0) & (exponent != 255));
         uint8_t exponents[16];
         to_bytes16(exponent, exponents);
         for (long g = 0; g < MIN(16, groups - v * 16); g += per_unit)
             to.exponents[(v * 16 + g) / per_unit] = exponents[g];
         vector16 a = rounded_bound(low[v], inverse_unit), b = rounded_bound(high[v], inverse_unit);
         vector16 step = (b - a) * unit / top; /* divided by once more, so that ties fall as in the reference */
-        offset[v] = a * unit, inverse[v] = (vector16)((index16)(1 / step) & (step != 0));
-        to_bytes16(__builtin_convertvector(a, index16), kept[0] + v * 16);
-        to_bytes16(__builtin_convertvector(b, index16), kept[1] + v * 16);
+        offset[v] = a * unit, inverse[v] = (vector16)((index16)(vector16(1) / step) & (step != 0));
+        to_bytes16(whole16(a), kept[0] + v * 16);
+        to_bytes16(whole16(b), kept[1] + v * 16);
     }
     memcpy(to.lows, kept[0], groups), memcpy(to.highs, kept[1], groups);
     for (long g = 0; g < groups; g++) /* sixteen at a time: the next group writes over what is too much */
         for (long start = g * group, i = start; i < MIN(start + group, count); i += 16) {
-            vector16 threshold = (vector16){0} + 0.5f;
+            vector16 threshold = 0.5f;
             if (seed)
                 for (int k = 0; k < 16; k++) threshold[k] = threshold_at(seed, position + (uint32_t)(i + k));
             codes_of_16(x + i, ((float *)offset)[g], ((float *)inverse)[g], threshold, top, codes + i);
@@ -192,7 +190,7 @@ static void decode_chunk(const uint8_t *codes, Scales from, long count, int bits
         float unit = decode_unit(from.exponents[g / UNIT_GROUPS]), offset = from.lows[g] * unit;
         float step = (float)(from.highs[g] - from.lows[g]) * unit / top;
         if (vectors)
-            for (; i < end; i += 16) *(loose16 *)(out + i) = from_bytes16(codes + i) * step + offset;
+            for (; i < end; i += 16) store16(out + i, real16(from_bytes16(codes + i)) * step + offset);
         else
             for (; i < end; i++) out[i] = (float)codes[i] * step + offset;
     }
@@ -258,7 +256,7 @@ static void encode_some_rows(const Rows *rows, long row, long n, float *values, 
             for (long g = 0; g < groups; g++) to.lows[g] = lows[r * groups + g], to.highs[g] = highs[r * groups + g];
         }
     } else {
-        *(loose16 *)(values + count) = (vector16){0} + values[count - 1];
+        store16(values + count, values[count - 1]);
         for (long chunk = 0; chunk < rows->chunks; chunk++) {
             long start = chunk * rows->span, first = chunk * CHUNK;
             encode_chunk(values + start, MIN(rows->span, count - start), rows->bits, rows->group, MIN(CHUNK, groups - first),

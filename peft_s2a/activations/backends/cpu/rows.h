@@ -110,8 +110,8 @@ void gated_backward(const T *grad, const Coded &gate, const Coded &up, float inn
             decode_part(&ups, part / chunks, part % chunks, codes, y);
             for (long i = 0; i < n; i += 16) {
                 vector16 value, slope;
-                gate16(*(loose16 *)(x + i), inner, cubic, &value, &slope);
-                *(loose16 *)(x + i) = value, *(loose16 *)(y + i) *= slope;
+                gate16(load16(x + i), inner, cubic, &value, &slope);
+                store16(x + i, value), store16(y + i, load16(y + i) * slope);
             }
             for (long i = 0; i < n; i++) {
                 float dy = load(grad[offset + i]);
