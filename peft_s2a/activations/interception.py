@@ -20,6 +20,7 @@ from .. import compat
 from . import functional, inline, masks, products, shapes, structures
 from .config import WIDE_HEAD, ActivationQuantizationConfig
 from .functional import Quantizer
+from .plans.planner import as_before
 
 
 class OperatorMode(TorchFunctionMode):
@@ -83,9 +84,11 @@ class OperatorMode(TorchFunctionMode):
 
 @functools.cache
 def follow_checkpoints() -> None:
-    """Have what a checkpoint inside a quantised module recomputes computed under the module's mode, as it was before."""
+    """Have what a checkpoint recomputes computed as it was before: under the mode of the module it is in, by plans where
+    there were plans."""
 
     def under_its_mode(function: Callable[..., Any]) -> Callable[..., Any]:
+        function = as_before(function)
         mode = _get_current_function_mode()
         if not isinstance(mode, OperatorMode):
             return function

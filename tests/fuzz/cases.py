@@ -64,6 +64,8 @@ class Case:
     input_requires_grad = False
     dtype = torch.float32
     bits_matter = True  # False where gradients at 8 bits are not expected to be close
+    output_error: float | None = None  # None: the dtype's
+    error, cosine, norm = ERROR, COSINE, NORM
 
     def build(self) -> nn.Module:
         raise NotImplementedError
@@ -97,6 +99,10 @@ class Case:
 
     def close(self) -> None:
         """Undo what reaches beyond the model, such as global hooks."""
+
+
+class StockFails(Exception):
+    """The stock model cannot run the case."""
 
 
 @dataclass
@@ -244,14 +250,15 @@ def differences(make: Any, setting: Setting, seed: int = 0) -> Iterator[str]:
     """In words, where a run in ``setting`` of the case that ``make()`` gives differs from the stock model's."""
     expected = run(make(), None, setting.adapter, seed)
     if expected[-1].error is not None:
-        raise AssertionError(f"the stock model fails: {expected[-1].error}")
+        raise StockFails(f"the stock model fails: {expected[-1].error}")
     updates = [step.gradients for step in expected]
     exact = None
     if make().dtype == torch.float32:
         with suppress(Exception):
             exact = run(make(), None, setting.adapter, seed, True, updates)
     actual = run(make(), setting, setting.adapter, seed, updates=updates)
-    tolerance = OUTPUT_ERROR[make().dtype]
+    case = make()
+    tolerance = case.output_error or OUTPUT_ERROR[case.dtype]
     for index, (stock, ours) in enumerate(zip(expected, actual)):
         if ours.error is not None:
             yield f"step {index}: {ours.error}"
@@ -259,11 +266,10 @@ def differences(make: Any, setting: Setting, seed: int = 0) -> Iterator[str]:
         for what, value in stock.seen.items():
             if difference := _difference(value, ours.seen[what], tolerance):
                 yield f"step {index}, {what}: {difference}"
-        if make().bits_matter:
+        if case.bits_matter:
             reference = exact[index].gradients if exact is not None and index < len(exact) else None
-            yield from (
-                f"step {index}, gradients: {d}" for d in _gradients(stock.gradients, ours.gradients, reference)
-            )
+            found = _gradients(stock.gradients, ours.gradients, reference, case)
+            yield from (f"step {index}, gradients: {d}" for d in found)
 
 
 def _difference(expected: Any, actual: Any, tolerance: float) -> str | None:
@@ -307,7 +313,7 @@ def _short(value: Any) -> str:
     return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else str(value)[:60]
 
 
-def _gradients(expected: dict, actual: dict, exact: dict | None) -> Iterator[str]:
+def _gradients(expected: dict, actual: dict, exact: dict | None, case: Case) -> Iterator[str]:
     numel = sum(g.numel() for g in expected.values())
     if not numel:
         return
@@ -323,7 +329,7 @@ def _gradients(expected: dict, actual: dict, exact: dict | None) -> Iterator[str
             noise = min((one - exact[name]).norm().item() * ROUNDING, LARGEST_NOISE * typical * one.numel() ** 0.5)
         elif one.numel():
             noise = LARGEST_NOISE * typical * one.numel() ** 0.5
-        if not error <= ERROR * size + noise + NEGLIGIBLE * typical * one.numel() ** 0.5:
+        if not error <= case.error * size + noise + NEGLIGIBLE * typical * one.numel() ** 0.5:
             yield f"{name} off by {error / max(size, 1e-30):.1%} (norm {other.norm().item():.3g}, stock {size:.3g})"
     one, other = (
         torch.cat([d.get(name, torch.zeros_like(g)).double().flatten() for name, g in expected.items()])
@@ -331,5 +337,5 @@ def _gradients(expected: dict, actual: dict, exact: dict | None) -> Iterator[str
     )
     cosine = torch.cosine_similarity(one, other, dim=0).item()
     ratio = (other.norm() / one.norm().clamp_min(1e-30)).item()
-    if one.norm() > 0 and not (cosine >= COSINE and abs(ratio - 1) <= NORM):
+    if one.norm() > 0 and not (cosine >= case.cosine and abs(ratio - 1) <= case.norm):
         yield f"all together: cosine {cosine:.4f}, norm {ratio:.3f} of stock's"

@@ -1,5 +1,6 @@
 """Which plan a call runs: found, made, or refused with a reason."""
 
+import itertools
 import logging
 import threading
 import time
@@ -36,6 +37,23 @@ _ROOM = {"cpu": 12 * 2**20}
 _DEFAULT_ROOM = 12 * 2**24
 _DISCARDED = object()
 _lock = threading.RLock()
+_observations = itertools.count(1)
+_recomputed = threading.local()
+
+
+def as_before(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, to be computed later what is computed from now on: a block whose first call is observed meanwhile,
+    and whose result is used, has no plan then either. A checkpoint counts and compares what its two runs keep."""
+    since = next(_observations)
+
+    def recompute(*args: Any, **kwargs: Any) -> Any:
+        outer, _recomputed.since = getattr(_recomputed, "since", None), since
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _recomputed.since = outer
+
+    return recompute
 
 
 @dataclass
@@ -116,6 +134,7 @@ class Planner:
         )
         self.reason: str | None = None
         self._unsettled = 0
+        self._observed = 0  # when a result was last used that was computed without a plan, to observe the module
         self._forget()
 
     def _forget(self) -> None:
@@ -128,6 +147,8 @@ class Planner:
 
     def run(self, module: nn.Module, whole: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         """``whole(*args, **kwargs)``, the module's forward pass under its operator mode, by a plan where there may be one."""
+        if self._observed and self._observed > (getattr(_recomputed, "since", None) or self._observed):
+            return whole(*args, **kwargs)
         try:
             if reason := _unfit():
                 raise Untraceable(reason)
@@ -147,6 +168,7 @@ class Planner:
                 if entry is None:
                     entry, result = self._observe(module, whole, args, kwargs, leaves, key)
                     if result is not _DISCARDED:
+                        self._observed = next(_observations)
                         return result
             if entry.plan is None:
                 self._make(entry, whole, args, kwargs, leaves)
@@ -235,6 +257,8 @@ class Planner:
                 entry.at_once = max(working_set(halves.forward), working_set(halves.backward))
             except Untraceable as error:
                 entry.plan = str(error)
+            except (MemoryError, torch.OutOfMemoryError):  # which says nothing about the module
+                raise
             except Exception as error:  # ours, and no reason to stop a training run: the module runs as it is
                 entry.plan = f"no plan could be made of the recording ({type(error).__name__}: {error})"
             logger.debug("Recorded a plan in %.2f s.", time.perf_counter() - start)
@@ -279,7 +303,9 @@ class Planner:
                 except (Dependent, Untraceable) as error:
                     entry.whole = str(error)
                     return entry.plan
-                except Exception as error:  # as above
+                except (MemoryError, torch.OutOfMemoryError):  # as above
+                    raise
+                except Exception as error:
                     entry.whole = f"no tiles could be made of the recording ({type(error).__name__}: {error})"
                     return entry.plan
             return entry.tiled[tiles]
