@@ -98,7 +98,8 @@ def _refuse_transforms() -> None:
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype in which autocast computes with ``x``; None where it does not."""
-    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
         return None
     return torch.get_autocast_dtype(x.device.type)
 

@@ -56,6 +56,21 @@ def _callable(target: Any) -> Callable[..., Any]:
     return target
 
 
+def laid_out(x: Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
+    """``x`` with the strides that it was recorded with."""
+    if x.stride() == strides:
+        return x
+    return torch.empty_strided(shape, strides, dtype=x.dtype, device=x.device).copy_(x)
+
+
+def _may_be_laid_out_otherwise(target: Any) -> bool:
+    """Whether an operator's results may have other strides than those of its fake implementation, as batch norm's and
+    `roll`'s do: what follows them, views above all, was recorded for the latter."""
+    if not isinstance(target, torch._ops.OpOverload) or target in _BINDINGS or target.namespace == "s2a":
+        return False
+    return all(returned.alias_info is None for returned in target._schema.returns)
+
+
 def compile_graph(graph: fx.Graph) -> Callable[[list[Tensor | None]], Any]:
     """A function of one list, the graph's inputs, which it empties; returns the graph's output."""
     source, names = _source(graph)
@@ -127,6 +142,14 @@ def _source(graph: fx.Graph) -> tuple[str, dict[str, Any]]:
             lines.append(f"{left} = {functions[node.target]}({', '.join(arguments)})")
             if left.startswith("_") or ", _" in left:
                 lines.append("_ = None")
+            if _may_be_laid_out_otherwise(node.target):
+                made = parts.values() if left != name_of[node] else (node,)
+                for part in made:
+                    if isinstance(like := part.meta.get("val"), Tensor) and like.layout == torch.strided:
+                        if laid_out not in functions:
+                            functions[laid_out] = constant(laid_out)
+                        shape, strides = tuple(like.shape), like.stride()
+                        lines.append(f"{name_of[part]} = {functions[laid_out]}({name_of[part]}, {shape}, {strides})")
         dead = [name_of[o] for o in node.all_input_nodes if last_user[o] is node and o.op != "get_attr"]
         if dead:
             lines.append(f"{' = '.join(dead)} = None")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_unflatten
 
-from .codegen import compile_graph
+from .codegen import compile_graph, laid_out
 from .graph import Halves, memories
 from .trace import TENSOR, Joint
 
@@ -114,10 +114,3 @@ def refuse_double_backward() -> None:
             "double backward (create_graph=True) through quantised activations is not supported: their derivatives "
             "are kept as codes; use restore_activations(model) before taking higher-order gradients"
         )
-
-
-def laid_out(grad: Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
-    """``grad`` with the strides that the backward pass was recorded with."""
-    if grad.stride() == strides:
-        return grad
-    return torch.empty_strided(shape, strides, dtype=grad.dtype, device=grad.device).copy_(grad)

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_unflatten
 
+from .codegen import laid_out
 from .graph import Halves, is_random, memories, split, value, written
 from .independence import Dependent, Samples, ancestors, follow
-from .run import BELOW, Plan, laid_out, refuse_double_backward
+from .run import BELOW, Plan, refuse_double_backward
 from .trace import TENSOR, Joint, aten
 
 
