@@ -147,8 +147,9 @@ def quantize_activations(
             continue
         planner = None
         if module in found:
-            later = _later(module, blocks[blocks.index(module) + 1 :])
-            planner = Planner(store, _settings_inside(config, name, module), _is_harmless, later, _tiles(config))
+            later, narrows = _later(module, blocks[blocks.index(module) + 1 :]), _narrows(module, blocks[-1])
+            settings = _settings_inside(config, name, module)
+            planner = Planner(store, settings, _is_harmless, later, narrows, _tiles(config))
         if not isinstance(module, _Quantized):
             module.__class__ = _quantized_class(type(module))
         module._activation_settings = _Settings(OperatorMode(config, name), planner)
@@ -167,6 +168,11 @@ def _later(block: nn.Module, others: list[nn.Module]) -> float:
     width halve both sides of their feature maps."""
     width = _width(block)
     return sum(min(1.0, width / _width(other)) for other in others)
+
+
+def _narrows(block: nn.Module, last: nn.Module) -> float:
+    """By which share less than ``block``'s the feature maps of the last block take, going by widths as `_later` does."""
+    return 1 - min(1.0, _width(block) / _width(last))
 
 
 def _width(block: nn.Module) -> int:

@@ -104,6 +104,9 @@ MORE = {
 }
 LARGER = {"levit": 64, "mobilevit": 64, "timm_swin": 32, "timm_eva": 28}
 ALL = [*FAMILIES, *MORE]
+# Of these hardly two blocks are alike, so that recording them for two sizes takes long.
+MANY_PLANS = {"mobilevit", "timm_swin", "timm_resnet", "timm_efficientnet"}
+IN_TILES = [pytest.param(name, marks=pytest.mark.slow if name in MANY_PLANS else ()) for name in ALL]
 
 
 def model_and_batch(name):
@@ -161,7 +164,7 @@ class TestFamilies:
         for one, other in zip(model.buffers(), twin.buffers()):
             assert torch.equal(one, other)
 
-    @pytest.mark.parametrize("name", ALL)
+    @pytest.mark.parametrize("name", IN_TILES)
     @pytest.mark.parametrize("tuned", ["biases", "everything"])
     def test_gradients_are_faithful_in_tiles(self, name, tuned):
         model, images, labels = model_and_batch(name)
@@ -173,7 +176,7 @@ class TestFamilies:
         torch.testing.assert_close(quantized_output, output, rtol=1e-4, atol=1e-5)
         assert compare(expected, actual) > 0.999
 
-    @pytest.mark.parametrize("name", ALL)
+    @pytest.mark.parametrize("name", IN_TILES)
     def test_little_stays_in_full_precision(self, name):
         model, images, labels = model_and_batch(name)
         images, labels = torch.cat([images, images]), torch.cat([labels, labels])  # masks and statistics do not grow

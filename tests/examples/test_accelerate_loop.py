@@ -32,7 +32,7 @@ def accuracies(printed):
     ("activation_bits", "tolerance"),
     # Columns of norms are standardised over the tokens of a batch, so a process with half of the batch rounds
     # differently.
-    [(0, 1e-5), (4, 0.1)],
+    [(0, 1e-5), pytest.param(4, 0.1, marks=pytest.mark.slow)],
 )
 def test_two_processes_end_with_the_adapter_of_one(checkpoint, image_folders, tmp_path, activation_bits, tolerance):
     options = ("--method", "s2a", "--augmentation", "none", "--activation_bits", str(activation_bits))

@@ -57,7 +57,7 @@ def fine_tune(config: S2AConfig, lr: float, digits: tuple[torch.Tensor, ...]) ->
 @pytest.mark.parametrize(
     ("kwargs", "lr"),
     [
-        ({}, 5e-4),
+        pytest.param({}, 5e-4, marks=pytest.mark.slow),
         pytest.param({}, 2e-3, marks=pytest.mark.slow),
         ({}, 5e-3),
         pytest.param({"activation_quantization": None}, 5e-3, marks=pytest.mark.slow),

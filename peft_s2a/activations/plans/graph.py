@@ -300,12 +300,13 @@ def split(joint: Joint) -> Halves:
         if node.op == "get_attr" or node in late:
             known[node] = _copy(backward, node, known)
     backward.output(tuple(None if g is None else known[g] for g in grads))
-    for half in (forward, backward):
-        _drop_unread(half)
-        _merge_linear(half)
-        _sum_without_views(half)
-        _add_vectors_together(half)
-        overwrite_dead_operands(half)
+    with _disable_current_modes():  # what is computed here, of fake tensors, is no part of anybody's step
+        for half in (forward, backward):
+            _drop_unread(half)
+            _merge_linear(half)
+            _sum_without_views(half)
+            _add_vectors_together(half)
+            overwrite_dead_operands(half)
     places = [inputs.index(node) if node in inputs else None for node in saved]
     kept_by = [node.meta.get("kept_by") for node in saved]
     return Halves(forward, backward, places, kept_by, [value(t) for t in tangents], writes_buffers)

@@ -22,7 +22,7 @@ from ... import compat
 from .graph import simplify, split
 from .independence import Dependent
 from .run import Plan
-from .tiles import TiledPlan, batched_arguments, kept_bytes, sizes_of, tiled_plan, tiles_for, working_set
+from .tiles import TiledPlan, batched_arguments, kept_bytes, passed_bytes, sizes_of, tiled_plan, tiles_for, working_set
 from .trace import Joint, Untraceable, trace, without_graph
 from .watch import Observation, Watch, is_observed_globally
 
@@ -33,8 +33,8 @@ _SELECTIVE = (torch.utils.checkpoint._CachingTorchDispatchMode, torch.utils.chec
 _PLANS_PER_MODULE = 8  # of other shapes: beyond, the module runs without a plan
 _OBSERVATIONS = 3  # that may set up attributes
 # Bytes for the working set of one tile: enough for its operators to have work to do, small beside the codes that are kept.
-_ROOM = {"cpu": 12 * 2**20}
-_DEFAULT_ROOM = 12 * 2**24
+_ROOM = {"cpu": 8 * 2**20}
+_DEFAULT_ROOM = 8 * 2**24
 _DISCARDED = object()
 _lock = threading.RLock()
 _observations = itertools.count(1)
@@ -68,6 +68,7 @@ class Entry:
         joint: the recorded call.
         at_once: bytes that it has in use at once beside its arguments and results.
         kept: bytes that it keeps for backward, and the blocks after it in proportion.
+        passed: bytes of its arguments that hold samples, and of its results.
         tiled: {number of tiles: plan}.
         whole: why it does not run in tiles.
     """
@@ -79,6 +80,7 @@ class Entry:
     joint: Joint | None = None
     at_once: int = 0
     kept: int = 0
+    passed: int = 0
     tiled: dict[int, TiledPlan] = field(default_factory=dict)
     whole: str | None = None
 
@@ -111,8 +113,10 @@ class Planner:
     Args:
         store: shared by the modules of a model.
         settings: what else decides about the recorded operators; compared by equality.
-        later: how many times what this block keeps the blocks after it keep. Memory peaks where all codes are kept, in the last blocks; those before
-            them have that much more room.
+        later: how many times what this block keeps the blocks after it keep. Memory peaks where all codes are kept, in
+            the last blocks; those before them have that much more room.
+        narrows: by which share less the last block's arguments and results take than this block's. Where that is much,
+            as in backbones whose feature maps shrink, there is as much less room.
         tiles: how many tiles to run in; None: as many as the room asks for.
         is_harmless: whether a hook may be ignored.
     """
@@ -123,15 +127,11 @@ class Planner:
         settings: Any,
         is_harmless: Callable[[Any], bool],
         later: float,
+        narrows: float,
         tiles: int | None,
     ) -> None:
-        self.store, self.settings, self.is_harmless, self.later, self.tiles = (
-            store,
-            settings,
-            is_harmless,
-            later,
-            tiles,
-        )
+        self.store, self.settings, self.is_harmless, self.tiles = store, settings, is_harmless, tiles
+        self.later, self.narrows = later, narrows
         self.reason: str | None = None
         self._unsettled = 0
         self._observed = 0  # when a result was last used that was computed without a plan, to observe the module
@@ -253,7 +253,7 @@ class Planner:
                 joint = self._recorded(whole, flat, spec)
                 halves = split(joint)
                 entry.plan, entry.joint = Plan.of(joint, halves), joint
-                entry.kept = kept_bytes(halves)
+                entry.kept, entry.passed = kept_bytes(halves), passed_bytes(joint)
                 entry.at_once = max(working_set(halves.forward), working_set(halves.backward))
             except Untraceable as error:
                 entry.plan = str(error)
@@ -280,7 +280,8 @@ class Planner:
         gradients = sum(
             self._watch.tensors[i].nbytes for i in entry.joint.slots if self._watch.tensors[i].requires_grad
         )
-        room = _ROOM.get(x.device.type, _DEFAULT_ROOM) + self.later * entry.kept
+        beyond_the_last = self.later * entry.kept - self.narrows * entry.passed
+        room = _ROOM.get(x.device.type, _DEFAULT_ROOM) + max(0, beyond_the_last)
         tiles = tiles_for(entry.at_once, room) if self.tiles is None else self.tiles
         if x.dim() < 2 or gradients > x.nbytes:  # which are added up tile after tile
             return entry.plan

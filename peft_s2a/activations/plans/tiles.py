@@ -303,6 +303,12 @@ def kept_bytes(halves: Halves) -> int:
     return sum(value(node).nbytes for node in halves.forward.output_node().args[0][1])
 
 
+def passed_bytes(joint: Joint) -> int:
+    """Bytes of the arguments that hold samples, and of the results."""
+    results, _ = joint.graph.output_node().args
+    return sum(value(node).nbytes for node in (*batched_arguments(joint), *results))
+
+
 def _scratch(node: fx.Node) -> int:
     """Bytes that an operator may need for itself: convolutions reorder their operands and results."""
     if getattr(node.target, "overloadpacket", None) not in (aten.convolution, aten.convolution_backward):
