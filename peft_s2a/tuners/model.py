@@ -217,6 +217,54 @@ class S2AModel(BaseTuner):
             if isinstance(layer, LadderTop):
                 layer.join(self.model, rungs, heads)
 
+    def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
+        """Adds the adapter whose offsets and scales are `sum(weight * those of the adapter)`, inactive at first.
+
+        Only adapters of biases are linear in all that they hold: prompts pass through a softmax, and side branches
+        read directions of their own, which a sum does not keep.
+
+        Args:
+            adapters: names of adapters that train biases alone, and save no module whole.
+            weights: a factor for each of them.
+            adapter_name: the name of the new one.
+
+        Raises:
+            ValueError: if the name is taken, a name is unknown, there are not as many weights as adapters, or an
+                adapter holds anything else. The model is left as it was.
+        """
+        if adapter_name in self.peft_config:
+            raise ValueError(f"`adapter_name` is {adapter_name!r}, which the model has already. Choose another name.")
+        if not adapters or len(adapters) != len(weights):
+            raise ValueError(
+                f"`weights` must hold one number for each of `adapters`, got {len(weights)} for {len(adapters)} adapters."
+            )
+        for name in adapters:
+            if name not in self.peft_config:
+                raise ValueError(f"`adapters` names {name!r}, but the model has {', '.join(self.peft_config)}.")
+            config = self.peft_config[name]
+            if config.structures != ("bias",) or config.modules_to_save or not config.freeze_batch_norm_stats:
+                raise ValueError(
+                    f"Adapter {name!r} holds more than biases ({', '.join(config.structures)}; trained in full: "
+                    f"{', '.join(config.modules_to_save or ()) or 'nothing'}), which have no weighted sum. Sum adapters "
+                    "made with `S2ABiasConfig(modules_to_save=[])` and frozen batch-norm statistics."
+                )
+        configs = [self.peft_config[name] for name in adapters]
+        config = self.peft_config[adapter_name] = copy.copy(configs[0])
+        config.structure_targets = {
+            kind: list(dict.fromkeys(name for one in configs for name in one.structure_targets.get(kind, ())))
+            for kind in dict.fromkeys(kind for one in configs for kind in one.structure_targets)
+        }
+        config.train_norm_scale = any(one.train_norm_scale for one in configs)
+        config.init_weights, config.dropped_targets = True, None
+        self.inject_adapter(self.model, adapter_name)
+        with torch.no_grad():
+            for layer in self._layers():
+                for name in layer.adapter_layer_names if isinstance(layer, BiasLayer) else ():
+                    parameters = getattr(layer, name)
+                    if adapter_name in parameters:
+                        terms = [w * parameters[one] for one, w in zip(adapters, weights) if one in parameters]
+                        parameters[adapter_name].copy_(sum(terms[1:], start=terms[0]) if terms else torch.zeros(()))
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None:  # PEFT would drop the argument without a word

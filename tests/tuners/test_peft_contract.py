@@ -6,12 +6,14 @@ import families
 import pytest
 import torch
 from methods import S2A, assert_untouched, base_model, logits, make_config, snapshot
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, convert_to_lora, get_peft_model
+from peft.helpers import rescale_adapter_scale
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.error import NoMatchingPeftModuleError
+from peft.utils.hotswap import hotswap_adapter
 from torch import nn
 
-from peft_s2a import S2AConfig, S2ASideConfig, restore_activations
+from peft_s2a import S2ABiasConfig, S2AConfig, S2ASideConfig, restore_activations
 from peft_s2a.tuners.bias import BiasLayer
 from peft_s2a.tuners.side import SideLayer
 
@@ -105,3 +107,78 @@ class TestTransformersDeleteAdapter:
         assert torch.equal(logits(model), expected)
         for name in ("vit", "vit.layers.0", "vit.layers.0.mlp", "vit.layers.0.attention"):
             assert type(model.get_submodule(name)) is types[name]
+
+
+class TestWeightedSums:
+    def bias_adapters(self, **kwargs) -> PeftModel:
+        options = {"modules_to_save": [], "activation_quantization": None, "init_weights": False}
+        model = get_peft_model(base_model(), S2ABiasConfig(**{**options, **kwargs}))
+        model.add_adapter(
+            "fewer", S2ABiasConfig(**options, target_modules=["fc1", "layernorm"], train_norm_scale=False)
+        )
+        return model
+
+    def test_of_biases(self, tmp_path):
+        model = self.bias_adapters()
+        model.add_weighted_adapter(["default", "fewer"], [0.5, -2.0], "sum")
+        for layer in (module for module in model.modules() if isinstance(module, BiasLayer)):
+            for parameters in (layer.s2a_bias, layer.s2a_scale):
+                if "sum" in parameters:
+                    terms = [
+                        w * parameters[name] for name, w in (("default", 0.5), ("fewer", -2.0)) if name in parameters
+                    ]
+                    torch.testing.assert_close(parameters["sum"], sum(terms))
+                assert ("sum" in parameters) == ("default" in parameters or "fewer" in parameters)
+        model.set_adapter("sum")
+        expected = logits(model)
+        model.save_pretrained(tmp_path)
+        assert torch.equal(logits(PeftModel.from_pretrained(base_model(), tmp_path / "sum")), expected)
+
+    def test_of_one_adapter_is_that_adapter(self):
+        model = self.bias_adapters()
+        expected = logits(model)
+        model.add_weighted_adapter(["default"], [1.0], "same")
+        assert torch.equal(logits(model), expected)
+        model.set_adapter("same")
+        assert torch.equal(logits(model), expected)
+
+    @pytest.mark.parametrize("method", ["s2a", "s2a_side", "s2a_bias"])
+    def test_of_others_are_refused(self, method):
+        model = get_peft_model(base_model(), make_config(method))  # biases too: the head is trained whole
+        before = snapshot(model)
+        with pytest.raises(ValueError, match="holds more than biases"):
+            model.add_weighted_adapter(["default"], [1.0], "sum")
+        assert_untouched(model, before, trainable_too=False)
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ((["default"], [1.0], "fewer"), "which the model has already"),
+            ((["default"], [1.0, 2.0], "sum"), "one number for each"),
+            ((["another"], [1.0], "sum"), "names 'another', but the model has default, fewer"),
+        ],
+    )
+    def test_wrong_arguments(self, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            self.bias_adapters().add_weighted_adapter(*arguments)
+
+
+class TestWhatPeftOffersLoraAlone:
+    """PEFT itself says so, and nothing is changed."""
+
+    @every_s2a
+    def test_it_is_refused(self, method, tmp_path):
+        model = get_peft_model(base_model(), make_config(method, random_start=True))
+        model.save_pretrained(tmp_path)
+        expected = logits(model)
+        assert not model.supports_lora_conversion()
+        with pytest.raises(TypeError, match="do not support LoRA conversion"):
+            convert_to_lora(model, rank=4)
+        with (
+            pytest.raises(ValueError, match="only supported for models with `LoraLayer`s"),
+            rescale_adapter_scale(model, 0.5),
+        ):
+            pass
+        with pytest.raises(ValueError, match="only supports LORA"):
+            hotswap_adapter(model, str(tmp_path), "default")
+        assert torch.equal(logits(model), expected)
