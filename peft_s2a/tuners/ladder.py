@@ -87,6 +87,11 @@ class LadderRung(_LadderBase):
         if adapter_name not in self.s2a_down:
             return state
         features = self.in_flight.pop(adapter_name)
+        if hasattr(self.s2a_shift[adapter_name], "full_tensor"):  # a DTensor: sharded, and not gathered now
+            raise RuntimeError(
+                "The ladder's parameters are sharded with single blocks of the backbone, but it runs outside of them. Call "
+                '`fully_shard` on the whole model alone, or use `side_mode="residual"`.'
+            )
         features = features + self.s2a_shift[adapter_name].to(features.dtype)
         if state is None:
             return self.activation(features)

@@ -195,6 +195,11 @@ class RandomCase(Case):
             model = builders[self.spec.base]()
         for edit, number in self.spec.edits:
             self._edit(model, edit, number)
+        if "checkpoint" in self.has or "checkpoint, reentrant" in self.has:
+            # a checkpoint recomputes only if something was kept, and moves running statistics again only then
+            for module in model.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.momentum, module.num_batches_tracked = 0.0, None
         return model
 
     def train_what(self, model: nn.Module) -> None:
