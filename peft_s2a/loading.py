@@ -10,6 +10,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -154,9 +155,25 @@ def _guard_peft_load_adapter(load: Callable) -> Callable:
     @functools.wraps(load)
     def load_adapter(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with unchanged_on_failure(self):
+            _refuse_pickle(args[0] if args else kwargs.get("model_id"), kwargs.get("subfolder"))
             return load(self, *args, **kwargs)
 
     return load_adapter
+
+
+def _refuse_pickle(folder: Any, subfolder: str | None) -> None:
+    """Raises if a local adapter of ours has its weights in a pickle file alone."""
+    if not isinstance(folder, (str, Path)):
+        return
+    path = Path(folder, subfolder or "")
+    if (path / "adapter_model.safetensors").exists() or not (path / "adapter_model.bin").exists():
+        return
+    if isinstance(PeftConfig.from_pretrained(str(folder), subfolder=subfolder), _S2ABaseConfig):
+        raise ValueError(
+            f"{path} holds its weights in adapter_model.bin, a pickle file, which could run code; adapters of peft-s2a are "
+            "safetensors only. If you trust the file, convert it: `safetensors.torch.save_file(torch.load("
+            '"adapter_model.bin", weights_only=True), "adapter_model.safetensors")`.'
+        )
 
 
 def _guard_transformers_load_adapter(load: Callable) -> Callable:
@@ -174,6 +191,7 @@ def _guard_transformers_load_adapter(load: Callable) -> Callable:
             config = PeftConfig.from_pretrained(name, **download)
         if not isinstance(config, _S2ABaseConfig):
             return load(self, *args, **kwargs)
+        _refuse_pickle(name, download.get("subfolder"))
         tensors = given.get("adapter_state_dict")
         if tensors is None and name is not None:
             tensors = load_peft_weights(name, device="cpu", **download)

@@ -424,3 +424,17 @@ def test_half_and_back_and_meta_and_back(config, clean):
     model.to_empty(device="cpu").load_state_dict(weights)
     assert_equal(step(model), clean(config)[0])
     assert_equal(step(model, seed=2), clean(config)[1])
+
+
+@pytest.mark.parametrize("options", [{}, {"rounding": "stochastic"}])
+def test_same_seed_same_adapter_bit_for_bit(options):
+    def trained() -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = quantize_activations(make(None), {**CONFIGS["tiles"], **options})
+        optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), 1e-2)
+        for seed in range(5):
+            step(model, seed=seed)
+            optimizer.step()
+        return [p.detach() for p in model.parameters() if p.requires_grad]
+
+    assert_equal(trained(), trained())

@@ -258,6 +258,17 @@ class TestHostileConfigs:
     def test_usual_expressions_pass(self, pattern):
         assert S2AConfig(target_modules=pattern).target_modules == pattern
 
+    @pytest.mark.parametrize("loader", ["PeftModel.from_pretrained", "transformers"])
+    def test_a_harmless_pickle_file_is_refused_too(self, loader, saved, tmp_path):
+        bad = changed_copy(saved[0], tmp_path / "bad")
+        torch.save(load_file(bad / WEIGHTS), bad / "adapter_model.bin")
+        (bad / WEIGHTS).unlink()
+        model = base_model()
+        before = snapshot(model)
+        with pytest.raises(ValueError, match=r"pickle file.*convert it"):
+            LOADERS[loader](model, bad)
+        assert_untouched(model, before)
+
     def test_no_code_and_no_pickle(self, saved, tmp_path):
         class Evil:
             def __reduce__(self):
