@@ -55,7 +55,7 @@ def check(name: str, config: PeftConfig, folder: Path, steps: int = 8) -> PeftMo
 
     trainable = {key: p for key, p in model.named_parameters() if p.requires_grad}
     # Small models pass on small gradients. The squares of those below 1e-19 are zero, which eps has to outweigh.
-    optimizer = torch.optim.Adam(trainable.values(), lr=5e-3, eps=1e-16)
+    optimizer = torch.optim.Adam(trainable.values(), lr=zoo.LEARNING_RATES.get(name, 5e-3), eps=1e-16)
     losses, touched = [], set()
     for _ in range(steps):
         optimizer.zero_grad()

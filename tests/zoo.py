@@ -822,6 +822,9 @@ DIFFUSERS = {
 
 ZOO = {**TRANSFORMERS, **TIMM, **DIFFUSERS}
 
+# Where a first step of 5e-3 overshoots, with biases alone as well.
+LEARNING_RATES = {"timm volo": 5e-4}
+
 # What models put out beside the task's result.
 _FEATURES = (
     "hidden_state",
