@@ -25,6 +25,7 @@ _BINDINGS = {
     aten.bmm.default: torch.bmm,
     aten.cat.default: torch.cat,
     aten.clone.default: torch.clone,
+    aten.convolution.default: torch.convolution,
     aten.div.Tensor: torch.div,
     aten.div_.Tensor: Tensor.div_,
     aten.expand.default: Tensor.expand,
@@ -33,10 +34,12 @@ _BINDINGS = {
     aten.mm.default: torch.mm,
     aten.mul.Tensor: torch.mul,
     aten.mul_.Tensor: Tensor.mul_,
+    aten.native_batch_norm.default: torch.native_batch_norm,
     aten.native_layer_norm.default: torch.native_layer_norm,
     aten.permute.default: torch.permute,
     aten.relu.default: torch.relu,
     aten.relu_.default: torch.relu_,
+    aten.rsqrt.default: torch.rsqrt,
     aten.select.int: torch.select,
     aten.sigmoid.default: torch.sigmoid,
     aten.sub.Tensor: torch.sub,
@@ -48,6 +51,9 @@ _BINDINGS = {
     aten.view.default: Tensor.view,
     aten._unsafe_view.default: Tensor.view,
 }
+
+
+_LAID_OUT_BY_LIBRARIES = {aten.convolution.default, aten.native_batch_norm.default}
 
 
 def _callable(target: Any) -> Callable[..., Any]:
@@ -66,7 +72,9 @@ def laid_out(x: Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> Ten
 def _may_be_laid_out_otherwise(target: Any) -> bool:
     """Whether an operator's results may have other strides than those of its fake implementation, as batch norm's and
     `roll`'s do: what follows them, views above all, was recorded for the latter."""
-    if not isinstance(target, torch._ops.OpOverload) or target in _BINDINGS or target.namespace == "s2a":
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace == "s2a":
+        return False
+    if target in _BINDINGS and target not in _LAID_OUT_BY_LIBRARIES:
         return False
     return all(returned.alias_info is None for returned in target._schema.returns)
 
@@ -148,8 +156,9 @@ def _source(graph: fx.Graph) -> tuple[str, dict[str, Any]]:
                     if isinstance(like := part.meta.get("val"), Tensor) and like.layout == torch.strided:
                         if laid_out not in functions:
                             functions[laid_out] = constant(laid_out)
-                        shape, strides = tuple(like.shape), like.stride()
-                        lines.append(f"{name_of[part]} = {functions[laid_out]}({name_of[part]}, {shape}, {strides})")
+                        name, shape, strides = name_of[part], tuple(like.shape), like.stride()
+                        lines.append(f"if {name}.stride() != {strides}:")  # hardly ever, so no call for it
+                        lines.append(f"    {name} = {functions[laid_out]}({name}, {shape}, {strides})")
         dead = [name_of[o] for o in node.all_input_nodes if last_user[o] is node and o.op != "get_attr"]
         if dead:
             lines.append(f"{' = '.join(dead)} = None")
