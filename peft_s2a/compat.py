@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import _ExcludedModule as ExcludedModule
 from torch import nn
 from torch.autograd import forward_ad
+from torch.fx import traceback as fx_traceback
 from torch.nn.modules import module as torch_module
 from torch.utils import checkpoint
 from transformers.integrations.peft import PeftAdapterMixin
@@ -26,6 +28,7 @@ __all__ = [
     "DOWNLOAD_ARGUMENTS",
     "BufferDict",
     "ExcludedModule",
+    "fresh_node_metadata",
     "has_global_module_hooks",
     "parse_regular_expression",
     "remove_forward_hooks",
@@ -124,3 +127,14 @@ def replace_recomputed(replace: Callable[[Callable[..., Any]], Callable[..., Any
         return original(replace(fn), *args, **kwargs)
 
     checkpoint._checkpoint_without_reentrant_generator = generator
+
+
+@contextmanager
+def fresh_node_metadata() -> Iterator[None]:
+    """What is noted meanwhile for the nodes of graphs is forgotten. Selective checkpoints write there, on tensors without
+    values, and never take it back: torch.compile would later take every node for part of one."""
+    outer, fx_traceback.current_meta = fx_traceback.current_meta, dict(fx_traceback.current_meta)
+    try:
+        yield
+    finally:
+        fx_traceback.current_meta = outer

@@ -259,3 +259,25 @@ class TestTransforms:
             for tensors in (others.values(), twice.parameters())
         )
         assert F.cosine_similarity(found, expected, dim=0) > 0.9995
+
+
+def test_selective_checkpoints_in_recorded_blocks_leave_nothing_for_a_compiler():
+    from torch.fx import traceback
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            def contexts():
+                return create_selective_checkpoint_contexts(lambda *args, **kwargs: CheckpointPolicy.PREFER_RECOMPUTE)
+
+            inside = lambda x: self.two(F.gelu(self.one(x)))  # noqa: E731
+            return x + checkpoint(inside, x, use_reentrant=False, context_fn=contexts)
+
+    before = dict(traceback.current_meta)
+    model = quantize_activations(nn.Sequential(Block(), Block()))
+    for _ in range(2):
+        model(torch.randn(4, 8, requires_grad=True)).sum().backward()
+    assert traceback.current_meta == before

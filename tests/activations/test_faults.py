@@ -305,7 +305,8 @@ def _check_workers(method: str, first: list, second: list) -> None:
     assert_equal(step(model), first)
     loader = DataLoader(Steps(model), batch_size=None, num_workers=1, multiprocessing_context=method, timeout=200)
     for item, expected in zip(loader, (first, second), strict=True):
-        assert torch.equal(item, torch.cat([x.flatten() for x in expected]))
+        # a worker has one thread, and sums in another order than more
+        torch.testing.assert_close(item, torch.cat([x.flatten() for x in expected]), rtol=1e-4, atol=1e-5)
     assert_equal(step(model), first)
 
 

@@ -19,6 +19,8 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ... import compat
+
 
 aten = torch.ops.aten
 TENSOR = object()  # stands for a tensor in the flattened result of a call
@@ -140,6 +142,7 @@ def trace(
             _disable_current_modes(),
             mode,
             torch.enable_grad(),
+            compat.fresh_node_metadata(),
             saved_tensors_hooks(without_graph, partial(_note, record)),
         ):
             module = make_fx(joint, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes)

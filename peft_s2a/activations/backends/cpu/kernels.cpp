@@ -610,15 +610,16 @@ tuple<Tensor, Tensor, Tensor, Tensor> prompt_attention_backward(Tensor grad, Ten
                                   samples, heads, length, count, dim, value_dim, data<T>(d_query), of_keys, of_values);
     });
     for (long h = 0; h < heads; h++) {
-        float opening = prompts.openings[h], sum = 0;
+        float opening = prompts.openings[h];
+        double sum = 0, exact = std::tanh((double)prompts.gates.start[h]); /* near one, 1 - tanh^2 is small */
         for (long j = 0; j < count; j++) {
             memcpy(data<float>(d_key) + (j * heads + h) * dim, of_keys + (h * count + j) * dim, dim * sizeof(float));
             const float *from = of_values + (h * count + j) * value_dim;
             const float *values = prompts.given_values.start + (j * heads + h) * value_dim;
             float *d = data<float>(d_value) + (j * heads + h) * value_dim;
-            for (long i = 0; i < value_dim; i++) d[i] = from[i] * opening, sum += from[i] * values[i];
+            for (long i = 0; i < value_dim; i++) d[i] = from[i] * opening, sum += (double)from[i] * values[i];
         }
-        data<float>(d_gate)[h] = sum * (1 - opening * opening);
+        data<float>(d_gate)[h] = (float)(sum * (1 - exact * exact));
     }
     return {d_query, d_key, d_value, d_gate};
 }
