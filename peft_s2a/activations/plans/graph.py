@@ -356,12 +356,8 @@ def _merge_linear(graph: fx.Graph) -> None:
         *bias, rows, transposed = node.args
         if transposed.target is not aten.t.default:
             continue
-        if rows.target is aten.view.default and _keeps_rows(value(rows.args[0]), value(rows)):
-            if not all(user.target in _VIEWS for user in node.users):
-                continue
-            source = rows.args[0]
-        else:
-            source = rows
+        is_folded = rows.target is aten.view.default and _keeps_rows(value(rows.args[0]), value(rows))
+        source = rows.args[0] if is_folded and all(user.target in _VIEWS for user in node.users) else rows
         with graph.inserting_after(node):
             merged = graph.call_function(torch._C._nn.linear, (source, transposed.args[0], bias[0] if bias else None))
         merged.meta = dict(node.meta)

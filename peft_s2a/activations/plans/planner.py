@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -38,7 +39,13 @@ _DEFAULT_ROOM = 8 * 2**24
 _DISCARDED = object()
 _lock = threading.RLock()
 _observations = itertools.count(1)
-_recomputed = threading.local()
+
+
+class _Recomputed(threading.local):
+    since: float = math.inf  # when what this thread computes again was computed
+
+
+_recomputed = _Recomputed()
 
 
 def as_before(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -47,7 +54,7 @@ def as_before(function: Callable[..., Any]) -> Callable[..., Any]:
     since = next(_observations)
 
     def recompute(*args: Any, **kwargs: Any) -> Any:
-        outer, _recomputed.since = getattr(_recomputed, "since", None), since
+        outer, _recomputed.since = _recomputed.since, since
         try:
             return function(*args, **kwargs)
         finally:
@@ -147,15 +154,14 @@ class Planner:
 
     def run(self, module: nn.Module, whole: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         """``whole(*args, **kwargs)``, the module's forward pass under its operator mode, by a plan where there may be one."""
-        if self._observed and self._observed > (getattr(_recomputed, "since", None) or self._observed):
+        if self._observed > _recomputed.since:
             return whole(*args, **kwargs)
         try:
             if reason := _unfit():
                 raise Untraceable(reason)
             leaves: list[Any] = []
-            with (
-                torch._C.DisableTorchFunction()
-            ):  # a mode in force would take every attribute read of a tensor for a call
+            # a mode in force would take every attribute that is read of a tensor for a call
+            with torch._C.DisableTorchFunction():
                 key = (_describe(args, leaves), _describe(kwargs, leaves), _ambient())
                 watch = self._watched(module)
             entry = self._entries.get(key)

@@ -14,7 +14,7 @@ import operator
 import random
 import sys
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -82,7 +82,6 @@ class Watch:
     def __init__(self, root: nn.Module, is_harmless: Callable[[Any], bool]) -> None:
         self.modules = list(root.modules())
         self._is_harmless = is_harmless
-        self._sized: list[Any] = []
         self._holders: list[dict[str, Any]] = []
         self._names: list[str] = []
         self._containers: list[tuple[Any, Any]] = []
@@ -91,15 +90,16 @@ class Watch:
         self._inside = set(map(id, self.modules))
         self._holder_is_users = False
         self.reaches_outside = False
+        sized: list[Any] = []
         children: list[Any] = []
         slots: dict[int, tuple[dict[str, Any], str]] = {}
         for module in self.modules:
             state = module.__dict__
-            self._sized.append(state)
+            sized.append(state)
             for hooks in () if module is root else _HOOKS:
                 self._check_hooks(module, state[hooks])
-            self._sized += [state[hooks] for hooks in _HOOKS if module is not root]
-            self._sized += [state["_modules"], state["_parameters"], state["_buffers"]]
+            sized += [state[hooks] for hooks in _HOOKS if module is not root]
+            sized += [state["_modules"], state["_parameters"], state["_buffers"]]
             for name, child in state["_modules"].items():
                 self._holders.append(state["_modules"])
                 self._names.append(name)
@@ -113,14 +113,12 @@ class Watch:
         self._children = children
         self._slots = list(slots.values())
         self.tensors = self._read()
-        self._empty = [container for container in self._sized if not container]
-        self._filled = [container for container in self._sized if container]
+        self._empty = [container for container in sized if not container]
+        self._filled = [container for container in sized if container]
         self._lengths = list(map(len, self._filled))
         self._types = list(map(type, self.modules))
         self._training = [module.training for module in self.modules]
-        self._hook_lists = [
-            (state, tuple(state)) for state in self._sized if state and type(state).__name__ == "OrderedDict"
-        ]
+        self._hook_lists = [(state, tuple(state)) for state in self._filled if type(state).__name__ == "OrderedDict"]
         self._forwards = [(kind, kind.forward) for kind in dict.fromkeys(self._types)]
         for kind in dict.fromkeys(base for own in self._types for base in own.__mro__):
             if not _is_trusted(kind.__module__):
@@ -138,7 +136,7 @@ class Watch:
             [container for container, before in self._containers if isinstance(before, dict)],
             list(itertools.chain.from_iterable(map(_VALUES, mappings))),
         )
-        self._likes, self._strides = _likes(self.tensors), _strides(self.tensors)
+        self._likes = _likes(self.tensors)
 
     def _read(self) -> list[Tensor]:
         return [holder[name] for holder, name in self._slots]
@@ -222,7 +220,7 @@ class Watch:
             if kind.forward is not forward:
                 return False
         self.tensors = self._read()
-        return _likes(self.tensors) == self._likes and _strides(self.tensors) == self._strides
+        return _likes(self.tensors) == self._likes
 
     def _is_untouched(self) -> bool:
         """Whether attributes and containers hold the very same things: the common case, at the speed of C."""
@@ -277,7 +275,7 @@ class Watch:
                     [(name, relative(x)) for name, x in state.items() if name not in _OWN and name in read],
                 )
             )
-        return described, self._likes, self._strides
+        return described, self._likes
 
 
 def _is_fake(tensor: Tensor) -> bool:
@@ -286,12 +284,8 @@ def _is_fake(tensor: Tensor) -> bool:
     return is_fake(tensor)
 
 
-def _likes(tensors: Iterable[Tensor]) -> list[Any]:
-    return list(map(_LIKE, tensors))
-
-
-def _strides(tensors: Iterable[Tensor]) -> list[Any]:
-    return list(map(_STRIDE, tensors))
+def _likes(tensors: Sequence[Tensor]) -> tuple[list[Any], list[Any]]:
+    return list(map(_LIKE, tensors)), list(map(_STRIDE, tensors))
 
 
 class _Same:

@@ -6,13 +6,14 @@
 namespace kernels {
 
 #ifdef __AVX2__
-/* Up to 31 thresholds as a binary search meets them, and the codes of what lies between. */
+/* Up to 31 thresholds as a binary search meets them, and the codes of what lies between; of depth 0 for more. */
 struct SearchTree {
-    int depth;
+    int depth = 0;
     vector16 levels[5]; /* level l: of 2^l thresholds */
     __m128i codes[2];
 
     SearchTree(const float *thresholds, const int32_t *deltas, int count, int first) {
+        if (count > 31) return;
         float edges[32], level[16] = {};
         uint8_t table[32];
         for (int t = 0, code = first; t < 32; t++) {
@@ -45,10 +46,19 @@ INLINE void search16(const float *x, long n, const SearchTree &tree, int depth, 
 }
 #endif
 
-/* codes[i] = first + sum of the deltas of all thresholds below x[i] */
+/* A step function: `first`, and the deltas that are added at the thresholds. */
+struct Steps {
+    const float *thresholds;
+    const int32_t *deltas;
+    int count, first;
+#ifdef __AVX2__
+    SearchTree tree{thresholds, deltas, count, first};
+#endif
+};
+
+/* codes[i] = the step at x[i] */
 template <typename T>
-void step_codes(const T *x, long n, const float *thresholds, const int32_t *deltas, int count, int first,
-                             uint8_t *codes) {
+void step_codes(const T *x, long n, const Steps &steps, uint8_t *codes) {
     float loaded[BLOCK];
     const float *values = std::is_same_v<T, float> ? (const float *)x : loaded;
     int32_t sums[BLOCK];
@@ -56,33 +66,29 @@ void step_codes(const T *x, long n, const float *thresholds, const int32_t *delt
     if (values == loaded)
         for (long k = 0; k < n; k++) loaded[k] = load(x[k]);
 #ifdef __AVX2__
-    if (count < 32) {
-        const SearchTree tree(thresholds, deltas, count, first);
-        i = n / 16 * 16;
-        switch (tree.depth) {
-        case 1: search16(values, i, tree, 1, codes); break;
-        case 2: search16(values, i, tree, 2, codes); break;
-        case 3: search16(values, i, tree, 3, codes); break;
-        case 4: search16(values, i, tree, 4, codes); break;
-        default: search16(values, i, tree, 5, codes);
-        }
+    if (steps.tree.depth) i = n / 16 * 16;
+    switch (steps.tree.depth) {
+    case 1: search16(values, i, steps.tree, 1, codes); break;
+    case 2: search16(values, i, steps.tree, 2, codes); break;
+    case 3: search16(values, i, steps.tree, 3, codes); break;
+    case 4: search16(values, i, steps.tree, 4, codes); break;
+    case 5: search16(values, i, steps.tree, 5, codes); break;
     }
 #endif
-    for (long k = i; k < n; k++) sums[k] = first;
-    for (int t = 0; t < count; t++) {
-        float threshold = thresholds[t];
-        int32_t delta = deltas[t];
+    for (long k = i; k < n; k++) sums[k] = steps.first;
+    for (int t = 0; t < steps.count; t++) {
+        float threshold = steps.thresholds[t];
+        int32_t delta = steps.deltas[t];
         for (long k = i; k < n; k++) sums[k] += values[k] > threshold ? delta : 0;
     }
     for (; i < n; i++) codes[i] = (uint8_t)sums[i];
 }
 
 template <typename T>
-void encode_steps(const T *x, long count, const float *thresholds, const int32_t *deltas, int n_thresholds,
-                               int first, int bits, uint8_t *out, uint8_t *scratch) {
+void encode_steps(const T *x, long count, const Steps &steps, int bits, uint8_t *out, uint8_t *scratch) {
     if (bits == 3) { /* two layouts at once: through one code a byte */
         in_blocks(count, [&](long j) {
-            step_codes(x + j, MIN(BLOCK, count - j), thresholds, deltas, n_thresholds, first, scratch + j);
+            step_codes(x + j, MIN(BLOCK, count - j), steps, scratch + j);
         });
         pack_row(scratch, count, bits, out);
         return;
@@ -95,7 +101,7 @@ void encode_steps(const T *x, long count, const float *thresholds, const int32_t
         for (int s = 0; s < 8 / bits; s++) {
             long begin = s * width + j, n = MIN(size, count - begin);
             if (n <= 0) break;
-            step_codes(x + begin, n, thresholds, deltas, n_thresholds, first, codes);
+            step_codes(x + begin, n, steps, codes);
             long i = 0; /* codes do not cross bytes when shifted */
             for (; i + 16 <= n; i += 16) *(words8 *)(out + j + i) |= *(const words8 *)(codes + i) << s * bits;
             for (; i < n; i++) out[j + i] |= codes[i] << s * bits;

@@ -166,9 +166,9 @@ Tensor encode_steps(Tensor x, vector<double> thresholds, vector<int64_t> codes, 
     long count = x.numel();
     Tensor packed = empty({packed_width(count, bits)}, ScalarType::Byte);
     Room scratch(bits == 3 ? count : 0);
+    const kernels::Steps steps{edges.data(), deltas.data(), (int)edges.size(), (int)codes[0]};
     by_dtype(x.scalar_type(), [&](auto type) {
-        kernels::encode_steps(data<decltype(type)>(x), count, edges.data(), deltas.data(), (int)edges.size(), (int)codes[0], (int)bits,
-                     data<uint8_t>(packed), scratch.bytes());
+        kernels::encode_steps(data<decltype(type)>(x), count, steps, (int)bits, data<uint8_t>(packed), scratch.bytes());
     });
     return packed;
 }

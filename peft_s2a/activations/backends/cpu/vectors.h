@@ -306,9 +306,12 @@ INLINE vector16 extremes16(vector16 *v, long n, int largest) {
         if (n % 2) v[n] = v[n - 1];
         n = (n + 1) / 2;
         for (long i = 0; i < n; i++) {
-            const floats *pairs = v[2 * i].part; /* the registers of two, one after the other */
             vector16 even, odd;
-            for (int p = 0; p < PARTS; p++) even.part[p] = EVEN(pairs[2 * p], pairs[2 * p + 1]), odd.part[p] = ODD(pairs[2 * p], pairs[2 * p + 1]);
+            for (int p = 0; p < PARTS; p++) { /* pairs of the registers of two, one after the other */
+                const floats a = v[2 * i + 2 * p / PARTS].part[2 * p % PARTS];
+                const floats b = v[2 * i + (2 * p + 1) / PARTS].part[(2 * p + 1) % PARTS];
+                even.part[p] = EVEN(a, b), odd.part[p] = ODD(a, b);
+            }
             v[i] = largest ? larger16(even, odd) : smaller16(even, odd);
         }
     }
