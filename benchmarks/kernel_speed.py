@@ -31,8 +31,8 @@ from rich.table import Table
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from peft_s2a.activations import functional
-from peft_s2a.activations.functional import Quantizer
+from peft_s2a.activations import operators
+from peft_s2a.activations.quantizer import Quantizer
 
 
 Function = Callable[..., Tensor]
@@ -58,7 +58,7 @@ def maps(channels: int, size: int) -> Callable[[int], tuple[int, ...]]:
 
 
 def activation(name: str) -> Function:
-    return functools.partial(functional.activation, name=name)
+    return functools.partial(operators.activation, name=name)
 
 
 def heads(batch: int) -> tuple[int, ...]:
@@ -66,7 +66,7 @@ def heads(batch: int) -> tuple[int, ...]:
 
 
 def live_batch_norm(x: Tensor, **quantizer: Quantizer) -> Tensor:
-    function = functional.batch_norm if quantizer else F.batch_norm
+    function = operators.batch_norm if quantizer else F.batch_norm
     return function(x, None, None, training=True, **quantizer)
 
 
@@ -75,31 +75,31 @@ OPERATORS: dict[str, Operator] = {
     "silu": Operator(tokens(4 * WIDTH), F.silu, activation("silu")),
     "relu": Operator(maps(256, 56), F.relu, activation("relu")),
     "layer_norm": Operator(
-        tokens(WIDTH), lambda x: F.layer_norm(x, (WIDTH,)), lambda x, **q: functional.layer_norm(x, (WIDTH,), **q)
+        tokens(WIDTH), lambda x: F.layer_norm(x, (WIDTH,)), lambda x, **q: operators.layer_norm(x, (WIDTH,), **q)
     ),
     "rms_norm": Operator(
-        tokens(WIDTH), lambda x: F.rms_norm(x, (WIDTH,)), lambda x, **q: functional.rms_norm(x, (WIDTH,), **q)
+        tokens(WIDTH), lambda x: F.rms_norm(x, (WIDTH,)), lambda x, **q: operators.rms_norm(x, (WIDTH,), **q)
     ),
     "group_norm": Operator(
-        maps(256, 28), lambda x: F.group_norm(x, 32), lambda x, **q: functional.group_norm(x, 32, **q)
+        maps(256, 28), lambda x: F.group_norm(x, 32), lambda x, **q: operators.group_norm(x, 32, **q)
     ),
     "batch_norm": Operator(maps(256, 28), live_batch_norm, live_batch_norm),
-    "attention": Operator(heads, F.scaled_dot_product_attention, functional.scaled_dot_product_attention, 3),
+    "attention": Operator(heads, F.scaled_dot_product_attention, operators.scaled_dot_product_attention, 3),
     "softmax": Operator(
         lambda batch: (batch, HEADS, TOKENS, TOKENS),
         lambda x: x.softmax(-1),
-        lambda x, **q: functional.softmax(x, -1, **q),
+        lambda x, **q: operators.softmax(x, -1, **q),
     ),
     "gated_silu": Operator(
         tokens(4 * WIDTH),
         lambda gate, up: F.silu(gate) * up,
-        lambda gate, up, **q: functional.gated_activation(gate, up, "silu", **q),
+        lambda gate, up, **q: operators.gated_activation(gate, up, "silu", **q),
         2,
     ),
     "max_pool2d": Operator(
-        maps(64, 112), lambda x: F.max_pool2d(x, 3, 2, 1), lambda x, **q: functional.max_pool2d(x, 3, 2, 1, **q)
+        maps(64, 112), lambda x: F.max_pool2d(x, 3, 2, 1), lambda x, **q: operators.max_pool2d(x, 3, 2, 1, **q)
     ),
-    "dropout": Operator(tokens(WIDTH), lambda x: F.dropout(x, 0.1), lambda x, quantizer: functional.dropout(x, 0.1)),
+    "dropout": Operator(tokens(WIDTH), lambda x: F.dropout(x, 0.1), lambda x, quantizer: operators.dropout(x, 0.1)),
 }  # fmt: skip
 
 

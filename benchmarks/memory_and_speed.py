@@ -58,7 +58,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from peft_s2a import ActivationQuantizationConfig, S2AConfig, profile_memory
-from peft_s2a.activations.functional import Quantizer
+from peft_s2a.activations.quantizer import Quantizer
 from peft_s2a.anatomy import find_task_heads
 from peft_s2a.memory.methods import METHODS as PLANNED
 from peft_s2a.memory.methods import checkpointed, lora, lora_targets

@@ -6,7 +6,7 @@ from typing import Any
 
 from .backends import BACKENDS
 from .codec import LARGEST_GROUP, WIDTHS
-from .functional import ROUNDINGS, Quantizer
+from .quantizer import ROUNDINGS, Quantizer
 
 
 WIDE_HEAD = 32  # channels; attention with wider heads has smaller groups by default

@@ -3,7 +3,7 @@
 ``s2a::name`` runs what torch's dispatcher finds for the device: the fused kernels of `backends`, which register
 themselves at the first call there, or the reference. ``s2a_reference::name`` is always the reference. `op_set` picks.
 
-Ops know tensors and codes, not modules and not autograd; `functional` builds differentiable functions on them. All are
+Ops know tensors and codes, not modules and not autograd; `operators` are built on them, which are differentiable. All are
 pure. ``R`` and ``C`` are rows and row length, ``W`` is ``codec.packed_width(C, bits)``; ``seed`` is a 0-dim int64 CPU
 tensor, drawn for stochastic rounding, or None for rounding to nearest.
 """

@@ -18,7 +18,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from . import inline
+from . import notes
 from .config import OPERATOR_KINDS, ActivationQuantizationConfig
 from .interception import OperatorMode, follow_checkpoints
 from .plans.planner import Planner, Store
@@ -96,9 +96,9 @@ def _quantized_class(stock: type[nn.Module]) -> type[nn.Module]:
         if settings.planner is None or is_recording():
             result = whole(*args, **kwargs)
             if not all(map(_is_harmless, self._forward_hooks.values())):
-                inline.forget(result)  # they may keep it, and ask for its gradient later
+                notes.forget(result)  # they may keep it, and ask for its gradient later
             return result
-        return settings.planner.run(self, functools.partial(inline.apart, whole), args, kwargs)
+        return settings.planner.run(self, functools.partial(notes.apart, whole), args, kwargs)
 
     names = {name: getattr(stock, name) for name in ("__module__", "__qualname__", "__doc__")}
     quantized = type(stock.__name__, (_Quantized, stock), {"forward": forward, **names})

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peft_s2a.activations.structures import add_prompt_attention
+from peft_s2a.activations.operators import add_prompt_attention
 from peft_s2a.tuners.layer import AttachedLayer, first_tensor, with_first_tensor
 
 

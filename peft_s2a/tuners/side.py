@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peft_s2a.activations.structures import add_low_rank
+from peft_s2a.activations.operators import add_low_rank
 from peft_s2a.anatomy import ends, input_width, output_width, projections
 from peft_s2a.compat import BufferDict
 from peft_s2a.tuners.bias import BiasLayer

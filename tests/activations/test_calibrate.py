@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from peft_s2a import S2AConfig
-from peft_s2a.activations import inline
+from peft_s2a.activations import notes
 from peft_s2a.activations.calibrate import calibrate_activations, pareto_front
 from peft_s2a.activations.codec import WIDTHS
 from peft_s2a.activations.config import ActivationQuantizationConfig
@@ -27,9 +27,9 @@ REFERENCE = ActivationQuantizationConfig(backend="reference")
 
 @pytest.fixture(autouse=True)
 def _no_tensors_left_behind():
-    inline.forget_all()  # of operators that other tests ran outside of modules
+    notes.forget_all()  # of operators that other tests ran outside of modules
     yield
-    assert inline._thread.notes == []
+    assert notes._thread.notes == []
 
 
 def tune_biases(model):

@@ -27,7 +27,7 @@ from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionCon
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from peft_s2a.activations import inline
+from peft_s2a.activations import notes
 from peft_s2a.activations.config import ActivationQuantizationConfig
 from peft_s2a.activations.wrap import quantize_activations, unplanned
 
@@ -208,7 +208,7 @@ def check(stock, *inputs):
     config = ActivationQuantizationConfig(bits=8, backend="reference")
     twin = quantize_activations(copy.deepcopy(stock), config)
     torch._dynamo.reset()
-    inline.forget_all()  # of operators that tests ran outside of modules
+    notes.forget_all()  # of operators that tests ran outside of modules
     results = []
     for call in (stock, twin, torch.compile(twin, backend="aot_eager", fullgraph=True)):
         leaves = [x.clone().requires_grad_() for x in inputs]
@@ -219,7 +219,7 @@ def check(stock, *inputs):
         torch.testing.assert_close(result, results[0][0])
         for one, other in zip(results[0][1], found):
             assert (one - other).norm() <= 0.02 * one.norm()
-    assert inline._thread.notes == []
+    assert notes._thread.notes == []
 
 
 def _double_(x):

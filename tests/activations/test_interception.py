@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peft_s2a.activations import products
+from peft_s2a.activations import operators
 from peft_s2a.activations.config import ActivationQuantizationConfig
-from peft_s2a.activations.functional import Quantizer
 from peft_s2a.activations.interception import OperatorMode
+from peft_s2a.activations.quantizer import Quantizer
 
 
 BATCH, TOKENS, WIDTH = 3, 8, 16
@@ -295,14 +295,14 @@ class TestProducts:
     def test_matmul(self, a, b, transposed):
         leaf_a, a = inputs(*a, seed=1)
         leaf_b, b = inputs(*(b[:-2] + b[:-3:-1] if transposed else b), seed=2)
-        self.check(torch.matmul, products.matmul, a, b.mT if transposed else b, (leaf_a, leaf_b))
+        self.check(torch.matmul, operators.matmul, a, b.mT if transposed else b, (leaf_a, leaf_b))
 
     @pytest.mark.parametrize(
         ("a", "b"), [((2, 5, 4), (2, 5, 4)), ((2, 5, 4), (4,)), ((2, 5, 4), (2, 1, 4)), ((1,), (3, 2, 5, 4))]
     )
     def test_multiply(self, a, b):
         (leaf_a, a), (leaf_b, b) = inputs(*a, seed=1), inputs(*b, seed=2)
-        self.check(torch.mul, products.multiply, a, b, (leaf_a, leaf_b))
+        self.check(torch.mul, operators.multiply, a, b, (leaf_a, leaf_b))
 
     def check(self, stock, ours, a, b, leaves):
         expected, actual = stock(a, b), ours(a, b, quantizer=self.QUANTIZER)
@@ -317,7 +317,7 @@ class TestProducts:
     def test_parameters_are_kept_exactly(self):
         leaf, a = inputs(5, 4)
         scale = nn.Parameter(torch.randn(4, dtype=torch.double))
-        y = products.multiply(a, scale, quantizer=Quantizer(bits=1, backend="reference"))
+        y = operators.multiply(a, scale, quantizer=Quantizer(bits=1, backend="reference"))
         weight = torch.randn_like(y)
         (gradient,) = torch.autograd.grad((y * weight).sum(), leaf)
         torch.testing.assert_close(gradient, weight * scale)
@@ -325,7 +325,7 @@ class TestProducts:
     def test_one_side_without_gradient(self):
         leaf, a = inputs(5, 4)
         b = torch.randn(4, 3, dtype=torch.double)
-        y = products.matmul(a, b, quantizer=Quantizer(bits=1, backend="reference"))
+        y = operators.matmul(a, b, quantizer=Quantizer(bits=1, backend="reference"))
         torch.testing.assert_close(torch.autograd.grad(y.sum(), leaf)[0], b.sum(1).expand_as(a))
 
     def test_large_common_offsets_do_not_cost_precision(self):
@@ -333,7 +333,7 @@ class TestProducts:
         offset = torch.zeros(8, dtype=torch.double)
         offset[2] = 100.0
         a, b = factors[0] + offset, (factors[1] + offset).mT
-        y = products.matmul(a, b, quantizer=Quantizer(bits=4, group_size=8, backend="reference"))
+        y = operators.matmul(a, b, quantizer=Quantizer(bits=4, group_size=8, backend="reference"))
         weight = torch.randn_like(y)
         for leaf, other in zip(leaves, (b, a)):
             (actual,) = torch.autograd.grad((y * weight).sum(), leaf, retain_graph=True)
@@ -344,7 +344,7 @@ class TestProducts:
     def test_low_precision(self, dtype):
         leaf = torch.randn(2, 5, 8, dtype=dtype, requires_grad=True)
         a = leaf * 1
-        y = products.matmul(a, a.mT, quantizer=self.QUANTIZER)
+        y = operators.matmul(a, a.mT, quantizer=self.QUANTIZER)
         (gradient,) = torch.autograd.grad(y.sum(), leaf)
         assert gradient.dtype == dtype
         assert torch.equal(y, a @ a.mT)
@@ -353,25 +353,25 @@ class TestProducts:
         leaf = torch.randn(2, 5, 8, requires_grad=True)
         a = leaf * 1
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            y = products.matmul(a, a.mT, quantizer=self.QUANTIZER)
+            y = operators.matmul(a, a.mT, quantizer=self.QUANTIZER)
             assert torch.equal(y, a @ a.mT)
         assert torch.autograd.grad(y.float().sum(), leaf)[0].dtype == torch.float32
 
     def test_empty_batch(self):
         leaf, a = inputs(0, 5, 8)
-        y = products.matmul(a, a.mT, quantizer=self.QUANTIZER)
+        y = operators.matmul(a, a.mT, quantizer=self.QUANTIZER)
         assert torch.autograd.grad(y.sum(), leaf)[0].shape == (0, 5, 8)
 
     def test_double_backward_is_refused(self):
         leaf, a = inputs(5, 4)
-        y = products.multiply(a, a + 1, quantizer=self.QUANTIZER)
+        y = operators.multiply(a, a + 1, quantizer=self.QUANTIZER)
         with pytest.raises(RuntimeError, match="double backward"):
             torch.autograd.grad(y.sum(), leaf, create_graph=True)
 
     @pytest.mark.parametrize("shape", [(3, 7), (2, 3, 5, 8), (4, 2)])
     def test_normalize(self, shape):
         leaf, x = inputs(*shape)
-        expected, actual = F.normalize(x, dim=-1), products.normalize(x, quantizer=self.QUANTIZER)
+        expected, actual = F.normalize(x, dim=-1), operators.normalize(x, quantizer=self.QUANTIZER)
         assert torch.equal(actual, expected)
         weight = torch.randn_like(expected)
         one, other = (torch.autograd.grad((y * weight).sum(), leaf, retain_graph=True)[0] for y in (expected, actual))
@@ -379,6 +379,6 @@ class TestProducts:
 
     def test_normalize_zero_rows(self):
         leaf = torch.zeros(2, 4, dtype=torch.double, requires_grad=True)
-        y = products.normalize(leaf * 1, 1e-3, quantizer=self.QUANTIZER)
+        y = operators.normalize(leaf * 1, 1e-3, quantizer=self.QUANTIZER)
         (gradient,) = torch.autograd.grad(y.sum(), leaf)
         torch.testing.assert_close(gradient, torch.full((2, 4), 1e3, dtype=torch.double))

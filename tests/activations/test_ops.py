@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from peft_s2a.activations import functional
-from peft_s2a.activations.functional import Quantizer
+from peft_s2a.activations import operators
 from peft_s2a.activations.ops import _declared, op_set, op_set_name
+from peft_s2a.activations.quantizer import Quantizer
 
 
 def _calls():
@@ -83,17 +83,17 @@ def test_the_dispatcher_finds_the_kernels_of_the_cpu_after_the_first_call():
 def test_functions_run_on_fake_tensors():
     with FakeTensorMode():
         x = torch.randn(2, 3, 16, 8, requires_grad=True)
-        y = functional.scaled_dot_product_attention(x, x, x, quantizer=Quantizer())
-        y = functional.activation(functional.layer_norm(y, (8,), quantizer=Quantizer()), "gelu", quantizer=Quantizer())
+        y = operators.scaled_dot_product_attention(x, x, x, quantizer=Quantizer())
+        y = operators.activation(operators.layer_norm(y, (8,), quantizer=Quantizer()), "gelu", quantizer=Quantizer())
         y.sum().backward()
     assert x.grad.shape == x.shape
 
 
 def test_functions_compile_without_graph_breaks():
     def step(x):
-        y = functional.layer_norm(x, (8,), quantizer=Quantizer())
-        y = functional.scaled_dot_product_attention(y, 2 * y, y + 1, quantizer=Quantizer())
-        return functional.activation(y, "gelu", quantizer=Quantizer())
+        y = operators.layer_norm(x, (8,), quantizer=Quantizer())
+        y = operators.scaled_dot_product_attention(y, 2 * y, y + 1, quantizer=Quantizer())
+        return operators.activation(y, "gelu", quantizer=Quantizer())
 
     x = torch.randn(2, 3, 16, 8, requires_grad=True)
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True)

@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
-from peft_s2a.activations.functional import Quantizer
-from peft_s2a.activations.structures import (
+from peft_s2a.activations.operators import (
     add_low_rank,
     add_prompt_attention,
     quantized_add_low_rank,
     quantized_add_prompt_attention,
 )
+from peft_s2a.activations.quantizer import Quantizer
 
 
 def _leaves(*shapes: tuple[int, ...], dtype=torch.float64) -> list[torch.Tensor]:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from kernel_speed import OPERATORS, Setting
 
-from peft_s2a.activations.functional import Quantizer
+from peft_s2a.activations.quantizer import Quantizer
 
 
 @pytest.mark.parametrize("name", OPERATORS)

@@ -11,7 +11,7 @@ from saved import saved_tensors
 from torch import nn
 
 from peft_s2a import S2APromptConfig
-from peft_s2a.activations.structures import add_prompt_attention
+from peft_s2a.activations.operators import add_prompt_attention
 from peft_s2a.tuners.prompt import InputPromptLayer, PromptLayer
 
 

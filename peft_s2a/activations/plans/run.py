@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_unflatten
 
+from ..operators.common import refuse_double_backward
 from .codegen import compile_graph, laid_out
 from .graph import Halves, memories
 from .trace import TENSOR, Joint
@@ -106,11 +107,3 @@ def _own(graph: fx.Graph) -> list[int]:
         i for i, x in enumerate(results)
         if isinstance(x, fx.Node) and held[memory[x]] == 1 and memory[x].op == "call_function"
     ]  # fmt: skip
-
-
-def refuse_double_backward() -> None:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "double backward (create_graph=True) through quantised activations is not supported: their derivatives "
-            "are kept as codes; use restore_activations(model) before taking higher-order gradients"
-        )

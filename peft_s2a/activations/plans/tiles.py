@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_unflatten
 
+from ..operators.common import refuse_double_backward
 from .codegen import laid_out
 from .graph import Halves, is_random, memories, split, value, written
 from .independence import Dependent, Samples, ancestors, follow
-from .run import BELOW, Plan, refuse_double_backward
+from .run import BELOW, Plan
 from .trace import TENSOR, Joint, aten
 
 

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from peft_s2a.activations import codec, functional
+from peft_s2a.activations import codec, operators
 from peft_s2a.activations.activation_functions import ACTIVATION_FUNCTIONS
-from peft_s2a.activations.functional import Quantizer
+from peft_s2a.activations.quantizer import ROUNDINGS, Quantizer
 
 
 def randn(*shape: int, dtype=torch.float32, grad: bool = True) -> Tensor:
@@ -31,7 +31,7 @@ class Case:
 def _gated(dtype, batch):
     inputs = [randn(batch, 7, 20, dtype=dtype), randn(batch, 7, 20, dtype=dtype)]
     return Case(
-        inputs, lambda g, u, q: functional.gated_activation(g, u, "silu", quantizer=q), lambda g, u: F.silu(g) * u
+        inputs, lambda g, u, q: operators.gated_activation(g, u, "silu", quantizer=q), lambda g, u: F.silu(g) * u
     )
 
 
@@ -39,7 +39,7 @@ def _norm(name, x_shape, parameter_shape, *middle, bias=True):
     def case(dtype, batch):
         parameters = [randn(*parameter_shape, dtype=dtype) for _ in range(2 if bias else 1)]
         x = randn(batch, *x_shape, dtype=dtype)
-        quantized, stock = getattr(functional, name), getattr(F, name)
+        quantized, stock = getattr(operators, name), getattr(F, name)
         return Case(
             [x, *parameters], lambda *a: quantized(a[0], *middle, *a[1:-1], quantizer=a[-1]),
             lambda *a: stock(a[0], *middle, *a[1:]),
@@ -56,7 +56,7 @@ def _batch_norm(live):
             return lambda x, w, b, **k: function(x, *(s.clone() for s in statistics), w, b, live, **k)
 
         inputs = [randn(batch, 5, 6, 3, dtype=dtype), randn(5, dtype=dtype), randn(5, dtype=dtype)]
-        return Case(inputs, lambda *a: call(functional.batch_norm)(*a[:3], quantizer=a[3]), call(F.batch_norm))
+        return Case(inputs, lambda *a: call(operators.batch_norm)(*a[:3], quantizer=a[3]), call(F.batch_norm))
 
     return case
 
@@ -72,7 +72,7 @@ def _attention(mask=None, **options):
             inputs.append(randn(batch, 1, 1, 9, dtype=dtype))
         return Case(
             inputs,
-            lambda *a: functional.scaled_dot_product_attention(*a[:-1], **options, quantizer=a[-1]),
+            lambda *a: operators.scaled_dot_product_attention(*a[:-1], **options, quantizer=a[-1]),
             lambda *a: F.scaled_dot_product_attention(*a, **options),
         )
 
@@ -82,7 +82,7 @@ def _attention(mask=None, **options):
 def _simple(name, *shapes, **options):
     def case(dtype, batch):
         inputs = [randn(*((batch, *s[1:]) if s[0] == "batch" else s), dtype=dtype) for s in shapes]
-        quantized, stock = getattr(functional, name), getattr(F, name)
+        quantized, stock = getattr(operators, name), getattr(F, name)
         return Case(inputs, lambda *a: quantized(*a[:-1], **options, quantizer=a[-1]), lambda *a: stock(*a, **options))
 
     return case
@@ -115,7 +115,7 @@ EXACT = {
     **{
         name: lambda dtype, batch, name=name: Case(
             [randn(batch, 7, 20, dtype=dtype)],
-            lambda x, q: functional.activation(4 * x, name, quantizer=q),
+            lambda x, q: operators.activation(4 * x, name, quantizer=q),
             lambda x: ACTIVATION_FUNCTIONS[name].forward(4 * x),
         )
         for name, function in ACTIVATION_FUNCTIONS.items()
@@ -125,7 +125,7 @@ EXACT = {
 SMOOTH = {
     name: lambda dtype, batch, name=name: Case(
         [randn(batch, 7, 20, dtype=dtype)],
-        lambda x, q: functional.activation(x, name, quantizer=q),
+        lambda x, q: operators.activation(x, name, quantizer=q),
         ACTIVATION_FUNCTIONS[name].forward,
     )
     for name, function in ACTIVATION_FUNCTIONS.items()
@@ -154,7 +154,7 @@ def _norm_scale_cosine(samples: int, tokens: int, backend: str) -> float:
     x[:, 0, 3] += 60
     weight, grad = torch.ones(64, requires_grad=True), torch.randn(samples, tokens, 64, generator=draw)
     (theirs,) = torch.autograd.grad(F.layer_norm(x, (64,), weight), weight, grad)
-    ours = functional.layer_norm(x, (64,), weight, quantizer=Quantizer(backend=backend))
+    ours = operators.layer_norm(x, (64,), weight, quantizer=Quantizer(backend=backend))
     return F.cosine_similarity(torch.autograd.grad(ours, weight, grad)[0], theirs, 0).item()
 
 
@@ -210,7 +210,7 @@ class TestDerivatives:
             "hardshrink": [-0.5, 0.5], "softshrink": [-0.5, 0.5],
         }.items():  # fmt: skip
             x = torch.tensor(positions, requires_grad=True)
-            (ours,) = torch.autograd.grad(functional.activation(x, name, quantizer=Quantizer()).sum(), x)
+            (ours,) = torch.autograd.grad(operators.activation(x, name, quantizer=Quantizer()).sum(), x)
             (theirs,) = torch.autograd.grad(ACTIVATION_FUNCTIONS[name].forward(x).sum(), x)
             assert torch.equal(ours, theirs), name
 
@@ -221,7 +221,7 @@ class TestDerivatives:
             ("leaky_relu", {"negative_slope": 0.3}),
         ):
             x = randn(500)
-            ours = gradients(functional.activation(x, name, quantizer=Quantizer(bits=8), **params), [x])
+            ours = gradients(operators.activation(x, name, quantizer=Quantizer(bits=8), **params), [x])
             assert relative_error(ours, gradients(getattr(F, name)(x, **params), [x])) < 0.02
 
     @pytest.mark.parametrize("backend", ["reference", "auto"])
@@ -242,7 +242,7 @@ class TestDerivatives:
         for wanted in ([x], [weight], [bias], [x, bias]):
             for t in (x, weight, bias):
                 t.requires_grad_(any(t is w for w in wanted))
-            y = functional.layer_norm(x, (8,), weight, bias, quantizer=Quantizer(bits=8))
+            y = operators.layer_norm(x, (8,), weight, bias, quantizer=Quantizer(bits=8))
             stock = F.layer_norm(x, (8,), weight, bias)
             assert relative_error(gradients(y, wanted), gradients(stock, wanted)) < 0.01
 
@@ -287,14 +287,14 @@ class TestForward:
             leaf = randn(100)
             x = leaf * 2
             expected = function.forward(leaf * 2)
-            y = functional.activation(x, name, quantizer=Quantizer(), inplace=True)
+            y = operators.activation(x, name, quantizer=Quantizer(), inplace=True)
             assert y.data_ptr() == x.data_ptr() and torch.equal(y, expected), name
             assert relative_error(gradients(y, [leaf]), gradients(expected, [leaf])) < 0.2
 
     def test_in_place_refuses_an_input_that_somebody_kept(self):
         leaf = randn(10)
         x = leaf.exp()  # keeps its result
-        y = functional.activation(x, "gelu", quantizer=Quantizer(), inplace=True)
+        y = operators.activation(x, "gelu", quantizer=Quantizer(), inplace=True)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             y.sum().backward()
 
@@ -317,29 +317,29 @@ class TestKept:
     @pytest.mark.parametrize(("bits", "expected"), [(1, 128), (2, 256), (3, 384), (4, 512), (8, 1024)])
     def test_is_one_code_a_value_of_an_activation(self, bits, expected):
         x = randn(4, 256)
-        (codes,) = self.saved(lambda: functional.activation(x, "gelu", quantizer=Quantizer(bits=bits)))
+        (codes,) = self.saved(lambda: operators.activation(x, "gelu", quantizer=Quantizer(bits=bits)))
         assert codes.dtype == torch.uint8 and codes.untyped_storage().nbytes() == expected
 
     def test_is_never_quadratic_in_tokens(self):
         q, k, v = attention_inputs(torch.float32, 1, 128, 128)
-        kept = self.saved(lambda: functional.scaled_dot_product_attention(q, k, v, quantizer=Quantizer()))
+        kept = self.saved(lambda: operators.scaled_dot_product_attention(q, k, v, quantizer=Quantizer()))
         assert sum(t.nbytes for t in kept) < 0.2 * 3 * q.nbytes
 
     def test_is_bits_for_dropout_and_pooling(self):
         x = randn(4, 8, 32, 32)
-        (mask,) = self.saved(lambda: functional.dropout(x, 0.3))
+        (mask,) = self.saved(lambda: operators.dropout(x, 0.3))
         assert mask.nbytes == x.numel() // 8
-        (places,) = self.saved(lambda: functional.max_pool2d(x, 2, quantizer=Quantizer()))
+        (places,) = self.saved(lambda: operators.max_pool2d(x, 2, quantizer=Quantizer()))
         assert places.nbytes == x.numel() // 4 // 4
 
     def test_is_nothing_for_a_frozen_weight_or_for_a_bias_alone(self):
         x = randn(3, 8)
         weight, bias = torch.randn(8), randn(8)
         assert (
-            sum(t.nbytes for t in self.saved(lambda: functional.linear(x, torch.randn(8, 8), quantizer=Quantizer())))
+            sum(t.nbytes for t in self.saved(lambda: operators.linear(x, torch.randn(8, 8), quantizer=Quantizer())))
             == 256
         )
-        kept = self.saved(lambda: functional.layer_norm(x.detach(), (8,), weight, bias, quantizer=Quantizer()))
+        kept = self.saved(lambda: operators.layer_norm(x.detach(), (8,), weight, bias, quantizer=Quantizer()))
         assert all(t is weight for t in kept)
 
 
@@ -348,7 +348,7 @@ class TestRandomness:
         x = randn(50, 20)
         x.data[x.data < 0] = 0  # a mask cannot be read off zeros
         torch.manual_seed(1)
-        ours = functional.dropout(x, 0.3)
+        ours = operators.dropout(x, 0.3)
         torch.manual_seed(1)
         theirs = F.dropout(x, 0.3)
         assert torch.equal(ours, theirs)
@@ -359,7 +359,7 @@ class TestRandomness:
 
         x = randn(50, 3, 2)
         torch.manual_seed(1)
-        ours = functional.drop_path(x, 0.4)
+        ours = operators.drop_path(x, 0.4)
         torch.manual_seed(1)
         theirs = SwinDropPath(0.4)(x)
         assert torch.equal(ours, theirs)
@@ -368,7 +368,7 @@ class TestRandomness:
     def test_attention_replays_its_dropout(self):
         inputs = attention_inputs(torch.float32)
         torch.manual_seed(1)
-        ours = functional.scaled_dot_product_attention(*inputs, dropout_p=0.3, quantizer=Quantizer(bits=8))
+        ours = operators.scaled_dot_product_attention(*inputs, dropout_p=0.3, quantizer=Quantizer(bits=8))
         torch.manual_seed(1)
         theirs = F.scaled_dot_product_attention(*inputs, dropout_p=0.3)
         assert torch.equal(ours, theirs)
@@ -391,7 +391,7 @@ class TestRandomness:
     def test_stochastic_rounding_is_unbiased(self):
         x = randn(2000)
         quantizer = Quantizer(bits=2, rounding="stochastic")
-        runs = [gradients(functional.activation(x, "gelu", quantizer=quantizer), [x])[0] for _ in range(200)]
+        runs = [gradients(operators.activation(x, "gelu", quantizer=quantizer), [x])[0] for _ in range(200)]
         (exact,) = gradients(F.gelu(x), [x])
         mean = torch.stack(runs).mean(0)
         single = (runs[0] - exact).square().mean().sqrt()
@@ -447,9 +447,9 @@ class TestQuantizer:
 
     def test_unknown_activation_functions_and_parameters_are_named(self):
         with pytest.raises(ValueError, match="unknown activation function 'swish2'"):
-            functional.activation(randn(3), "swish2", quantizer=Quantizer())
+            operators.activation(randn(3), "swish2", quantizer=Quantizer())
         with pytest.raises((TypeError, ValueError), match="beta"):
-            functional.activation(randn(3), "elu", quantizer=Quantizer(), beta=1.0)
+            operators.activation(randn(3), "elu", quantizer=Quantizer(), beta=1.0)
 
 
 @settings(max_examples=60, deadline=None)
@@ -460,7 +460,7 @@ class TestQuantizer:
     step=st.sampled_from((1, 2)),
     dtype=st.sampled_from((torch.float64, torch.float32, torch.bfloat16, torch.float16)),
     bits=st.sampled_from(codec.WIDTHS),
-    rounding=st.sampled_from(functional.ROUNDINGS),
+    rounding=st.sampled_from(ROUNDINGS),
     backend=st.sampled_from(("reference", "auto")),
 )
 def test_any_shape_stride_dtype_and_width(name, shape, order, step, dtype, bits, rounding, backend):
@@ -476,20 +476,20 @@ def test_any_shape_stride_dtype_and_width(name, shape, order, step, dtype, bits,
     weight = torch.randn(3, shape[-1]).to(dtype).requires_grad_()
     calls = {
         "layer_norm": (
-            lambda: functional.layer_norm(x, shape[-1:], quantizer=quantizer),
+            lambda: operators.layer_norm(x, shape[-1:], quantizer=quantizer),
             lambda: F.layer_norm(x, shape[-1:]),
         ),
         "rms_norm": (
-            lambda: functional.rms_norm(x, shape[-1:], quantizer=quantizer),
+            lambda: operators.rms_norm(x, shape[-1:], quantizer=quantizer),
             lambda: F.rms_norm(x, shape[-1:]),
         ),
-        "softmax": (lambda: functional.softmax(x, -1, quantizer=quantizer), lambda: F.softmax(x, -1)),
-        "linear": (lambda: functional.linear(x, weight, quantizer=quantizer), lambda: F.linear(x, weight)),
-        "dropout": (lambda: functional.dropout(x, 0.5), lambda: F.dropout(x, 0.5)),
+        "softmax": (lambda: operators.softmax(x, -1, quantizer=quantizer), lambda: F.softmax(x, -1)),
+        "linear": (lambda: operators.linear(x, weight, quantizer=quantizer), lambda: F.linear(x, weight)),
+        "dropout": (lambda: operators.dropout(x, 0.5), lambda: F.dropout(x, 0.5)),
     }
     for activation_name in ("gelu", "relu"):
         calls[activation_name] = (
-            lambda name=activation_name: functional.activation(x, name, quantizer=quantizer),
+            lambda name=activation_name: operators.activation(x, name, quantizer=quantizer),
             lambda name=activation_name: getattr(F, name)(x),
         )
     inputs = [x, weight] if name == "linear" else [x]

@@ -1,0 +1,117 @@
+"""Products of two activations, as attention and gates written inline compute them, L2 norms and normalisation.
+
+A product keeps both factors for backward. Here each is kept as codes minus its mean over tokens (rows), as queries,
+keys and values are in `attention.scaled_dot_product_attention`. Parameters and tensors that need no gradient are kept
+as they are: they exist in any case."""
+
+import torch
+from torch import Tensor
+
+from ..quantizer import Quantizer
+from .common import autocast_dtype, is_activation, recording, refuse_double_backward
+from .registry import handles
+
+
+class KeptFactor:
+    """How one factor is kept: as it is, as codes, or (its partner needs no gradient) not at all."""
+
+    def __init__(self, x: Tensor, coded: bool, needed: bool, quantizer: Quantizer) -> None:
+        self.quantizer, self.dtype, self.coded = quantizer, x.dtype, coded and needed
+        if not self.coded:
+            self.tensors = (x if needed else None, None, None)
+            return
+        self.transposed = x.dim() > 1 and x.stride(-1) > x.stride(-2)
+        rows = x.mT if self.transposed else x
+        self.shape = rows.shape
+        while rows.dim() < 4:
+            rows = rows.unsqueeze(0)
+        rows = rows.flatten(0, -4)
+        self.tensors = quantizer.ops.encode_heads(
+            rows, quantizer.bits, quantizer.group_size, True, True, quantizer.draw_seed()
+        )
+
+    def restore(self, packed: Tensor | None, scales: Tensor | None, mean: Tensor | None) -> Tensor | None:
+        if not self.coded:
+            return packed
+        x = self.quantizer.ops.decode_groups(
+            packed.flatten(0, 2),
+            scales.flatten(0, 2),
+            self.quantizer.bits,
+            self.quantizer.group_size,
+            self.shape[-1],
+            self.dtype,
+        ).view(*packed.shape[:3], self.shape[-1])
+        if mean.numel():
+            x = x.add_(mean)
+        x = x.view(self.shape)
+        return x.mT if self.transposed else x
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a, b, stock, coded_a, coded_b, quantizer):
+        ctx.stock = stock
+        ctx.kept = (
+            KeptFactor(a, coded_a, ctx.needs_input_grad[1], quantizer),
+            KeptFactor(b, coded_b, ctx.needs_input_grad[0], quantizer),
+        )
+        ctx.shapes = a.shape, b.shape
+        ctx.save_for_backward(*ctx.kept[0].tensors, *ctx.kept[1].tensors)
+        for kept in ctx.kept:
+            kept.tensors = None
+        return stock(a, b)
+
+    @staticmethod
+    def backward(ctx, grad):
+        refuse_double_backward()
+        saved = ctx.saved_tensors
+        d_a = d_b = None
+        if ctx.needs_input_grad[1]:
+            a = ctx.kept[0].restore(*saved[:3])
+            d_b = (a.mT @ grad if ctx.stock is torch.matmul else grad * a).sum_to_size(ctx.shapes[1])
+            del a
+        if ctx.needs_input_grad[0]:
+            b = ctx.kept[1].restore(*saved[3:])
+            d_a = (grad @ b.mT if ctx.stock is torch.matmul else grad * b).sum_to_size(ctx.shapes[0])
+        return d_a, d_b, None, None, None, None
+
+
+def _product(a: Tensor, b: Tensor, stock, quantizer: Quantizer) -> Tensor:
+    if not recording(a, b) or not (a.numel() and b.numel()):
+        return stock(a, b)
+    coded = (is_activation(x) and x.dim() > 0 for x in (a, b))
+    return _Product.apply(a, b, stock, *coded, quantizer)
+
+
+def matmul(a: Tensor, b: Tensor, *, quantizer: Quantizer) -> Tensor:
+    """`torch.matmul` of two tensors with at least two dimensions each; keeps b-bit codes of activations among them.
+
+    dA = dY B^T and dB = A^T dY, summed over broadcast dimensions.
+    """
+    a, b = (t.to(autocast_dtype(t) or t.dtype) for t in (a, b))
+    return _product(a, b, torch.matmul, quantizer)
+
+
+def multiply(a: Tensor, b: Tensor, *, quantizer: Quantizer) -> Tensor:
+    """``a * b``; keeps b-bit codes of those of the two that are activations of one dimension or more.
+
+    dA = dY B and dB = A dY, summed over broadcast dimensions.
+    """
+    if a.dtype != b.dtype:
+        dtype = torch.result_type(a, b)
+        a, b = a.to(dtype), b.to(dtype)
+    if a is b and torch.compiler.is_compiling():  # whose autograd functions refuse one tensor twice
+        b = b.view_as(b)
+    return _product(a, b, torch.mul, quantizer)
+
+
+@handles(torch.bmm, Tensor.bmm)
+def _bmm(mode, input, mat2, out=None):
+    return _matmul(mode, input, mat2)
+
+
+@handles(torch.matmul, Tensor.matmul, Tensor.__matmul__)
+def _matmul(mode, input, other, out=None):
+    if not (is_activation(input) and is_activation(other)) or min(input.dim(), other.dim()) < 2:
+        return NotImplemented
+    return matmul(input, other, quantizer=mode.quantizer("attention"))
