@@ -16,26 +16,98 @@ from peft import PeftModel
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import _ExcludedModule as ExcludedModule
 from torch import nn
+from torch._C import DisableTorchFunction
+from torch._C import _AutoDispatchBelowAutograd as BelowAutograd
+from torch._C import _current_autograd_node as current_autograd_node
+from torch._C import _current_graph_task_id as current_graph_task_id
+from torch._C import _dispatch_has_kernel_for_dispatch_key as has_kernel
+from torch._C import _ExcludeDispatchKeyGuard as WithoutKeys
+from torch._C import _len_torch_dispatch_stack as count_dispatch_modes
+from torch._C import _nn as nn_bindings
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    is_fake,
+)
+from torch.autograd import _get_sequence_nr as sequence_number
 from torch.autograd import forward_ad
 from torch.fx import traceback as fx_traceback
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.nn.modules import module as torch_module
+from torch.overrides import _get_current_function_mode as current_function_mode
+from torch.overrides import _get_current_function_mode_stack as function_modes
+from torch.overrides import _is_torch_function_mode_enabled as is_function_mode_enabled
+from torch.overrides import _len_torch_function_stack as count_function_modes
+from torch.overrides import _pop_mode as pop_function_mode
+from torch.overrides import _push_mode as push_function_mode
 from torch.utils import checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import _disable_current_modes as no_dispatch_modes
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as dispatch_modes
+from torch.utils._pytree import (
+    TreeSpec,
+    tree_flatten,
+    tree_leaves,
+    tree_map,
+    tree_map_only,
+    tree_unflatten,
+)
 from transformers.integrations.peft import PeftAdapterMixin
-from transformers.utils import PushToHubMixin
+from transformers.utils import PushToHubMixin, output_capturing
 
 
 __all__ = [
+    "AUTOCAST_KEYS",
     "DOWNLOAD_ARGUMENTS",
+    "VIEW_KEYS",
+    "BelowAutograd",
     "BufferDict",
+    "DataDependentOutputException",
+    "DisableTorchFunction",
+    "DynamicOutputShapeException",
     "ExcludedModule",
+    "FakeTensor",
+    "FakeTensorMode",
+    "OpOverload",
+    "TorchDispatchMode",
+    "TreeSpec",
+    "WithoutKeys",
+    "caches_results",
+    "count_dispatch_modes",
+    "count_function_modes",
+    "current_autograd_node",
+    "current_function_mode",
+    "current_graph_task_id",
+    "dispatch_modes",
     "fresh_node_metadata",
+    "function_modes",
+    "get_proxy_mode",
     "has_global_module_hooks",
+    "has_kernel",
+    "is_capturing_outputs",
+    "is_fake",
+    "is_function_mode_enabled",
+    "make_fx",
+    "nn_bindings",
+    "no_dispatch_modes",
+    "outer_saved_tensors_hooks",
     "parse_regular_expression",
+    "pop_function_mode",
+    "push_function_mode",
     "remove_forward_hooks",
     "replace_cards",
     "replace_loading",
     "replace_recomputed",
+    "sequence_number",
     "transform_in_force",
+    "tree_flatten",
+    "tree_leaves",
+    "tree_map",
+    "tree_map_only",
+    "tree_unflatten",
 ]
 
 try:
@@ -138,3 +210,25 @@ def fresh_node_metadata() -> Iterator[None]:
         yield
     finally:
         fx_traceback.current_meta = outer
+
+
+# What autograd, autocast and the like make of a call is in its recording already, and need not be done again.
+AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
+VIEW_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+
+
+def caches_results(mode: TorchDispatchMode) -> bool:
+    """Whether a dispatch mode is that of a selective checkpoint, which caches results of operators and hands them out again."""
+    return isinstance(mode, (checkpoint._CachingTorchDispatchMode, checkpoint._CachedTorchDispatchMode))
+
+
+def outer_saved_tensors_hooks() -> tuple[Callable[..., Any], Callable[..., Any]] | None:
+    """The innermost `torch.autograd.graph.saved_tensors_hooks` in force."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
+def is_capturing_outputs() -> bool:
+    """Whether a model of transformers has been asked for what its modules put out. Their hooks for that stay for good."""
+    return bool(output_capturing._active_collector.get())

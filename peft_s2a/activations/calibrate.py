@@ -28,9 +28,9 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from transformers.utils.logging import tqdm
 
+from ..compat import DisableTorchFunction, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from .codec import WIDTHS
 from .config import ActivationQuantizationConfig
 from .interception import OperatorMode
@@ -316,7 +316,7 @@ class _MeasuringMode(OperatorMode):
             kind = asked.kind
         kwargs = kwargs or {}
         call = _Call(func, args, kwargs) if _needs_gradient(args, kwargs) else None
-        with torch._C.DisableTorchFunction():  # the modes of the modules around would measure it again
+        with DisableTorchFunction():  # the modes of the modules around would measure it again
             result = func(*args, **kwargs)
         if call is not None and result.requires_grad:
             result.register_hook(partial(self._measure, kind, call))

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode, _push_mode
+from torch.overrides import TorchFunctionMode
 
 from .. import compat
+from ..compat import current_function_mode, pop_function_mode, push_function_mode
 from . import masks, notes
 from .config import WIDE_HEAD, ActivationQuantizationConfig
 from .operators import HANDLERS
@@ -45,20 +46,20 @@ class OperatorMode(TorchFunctionMode):
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """``function(*args, **kwargs)`` under this mode in place of the surrounding module's: every mode in force costs time
         at every operator."""
-        outer = _get_current_function_mode()
+        outer = current_function_mode()
         replaces = isinstance(outer, OperatorMode)
         if replaces:
-            _pop_mode()
+            pop_function_mode()
         outer_notes, result = notes.begin(), None
-        _push_mode(self)
+        push_function_mode(self)
         try:
             result = function(*args, **kwargs)
             return result
         finally:
-            _pop_mode()
+            pop_function_mode()
             notes.end(outer_notes, result if replaces else None)
             if replaces:
-                _push_mode(outer)
+                push_function_mode(outer)
 
     def quantizer(self, kind: str, channels: int | None = None) -> Quantizer:
         """The settings of operators of ``kind`` in this module; ``channels``: of an attention head, if known."""
@@ -89,7 +90,7 @@ def follow_checkpoints() -> None:
 
     def under_its_mode(function: Callable[..., Any]) -> Callable[..., Any]:
         function = as_before(function)
-        mode = _get_current_function_mode()
+        mode = current_function_mode()
         if not isinstance(mode, OperatorMode):
             return function
         notes.forget_all()  # the second time none of these will be there

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..compat import TreeSpec, tree_flatten, tree_unflatten
 
 
 # Functions whose results may be larger than what they are made of, whatever that is.

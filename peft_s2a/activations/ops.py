@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..compat import has_kernel
 from . import backends
 from .backends import compiled, reference
 from .codec import math_dtype, packed_width, scales_width
@@ -269,7 +270,7 @@ def _load(device: str) -> frozenset[str]:
 
 def _has_kernel(name: str, device: str) -> bool:
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)
-    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"s2a::{name}", key)
+    return key is not None and has_kernel(f"s2a::{name}", key)
 
 
 def op_set(backend: str):

@@ -18,6 +18,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
+from .. import compat
 from . import notes
 from .config import OPERATOR_KINDS, ActivationQuantizationConfig
 from .interception import OperatorMode, follow_checkpoints
@@ -272,7 +273,5 @@ def _is_harmless(hook: Any) -> bool:
     hook = hook.func if isinstance(hook, functools.partial) else hook
     origin = getattr(hook, "__module__", None) or ""
     if origin == "transformers.utils.output_capturing":  # installed once, records only while outputs are asked for
-        from transformers.utils.output_capturing import _active_collector
-
-        return not _active_collector.get()
+        return not compat.is_capturing_outputs()
     return origin.split(".")[0] == "peft_s2a"

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
-from torch.utils._pytree import tree_map_only
 
 from peft_s2a.anatomy.usage import stand_in
+from peft_s2a.compat import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode, tree_map_only
 
 from .report import KeptBytes, MemoryReport, PeakBytes
 from .step import LossFunction, OptimizerFactory, TrainingStep

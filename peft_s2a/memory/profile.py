@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
+
+from peft_s2a.compat import tree_map_only
 
 from .report import MemoryReport
 from .step import LossFunction, OptimizerFactory, TrainingStep

@@ -18,11 +18,16 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from peft_s2a.activations.plans.trace import operator_name
 from peft_s2a.activations.wrap import unplanned
+from peft_s2a.compat import (
+    TorchDispatchMode,
+    current_autograd_node,
+    current_graph_task_id,
+    sequence_number,
+    tree_leaves,
+)
 
 from .report import KeptBytes, MemoryReport, PeakBytes
 
@@ -215,18 +220,18 @@ class StepTrace:
 
     def _mark_module(self, name: str) -> None:
         """Nodes of the autograd graph are numbered as they are made: remembers which numbers belong to a module."""
-        number = torch.autograd._get_sequence_nr()
+        number = sequence_number()
         if number >= self._module_starts[-1]:  # recomputation in a device's own backward thread counts apart
             self._module_starts.append(number)
             self._module_names.append(name)
 
     def _place(self) -> tuple[str, str]:
         """The (module, phase) that the step is in."""
-        if torch._C._current_graph_task_id() == -1:
+        if current_graph_task_id() == -1:
             return (self._modules[-1] if self._modules else ""), ("optimizer" if self._in_optimizer else "forward")
         if self._modules:  # a forward pass within backward: recomputation
             return self._modules[-1], "backward"
-        node = torch._C._current_autograd_node()
+        node = current_autograd_node()
         if node is None or node.name() == "torch::autograd::AccumulateGrad":  # sums gradients, and has no number
             return (self.moments[-1].module if self.moments else ""), "backward"
         return self._module_names[bisect_right(self._module_starts, node._sequence_nr()) - 1], "backward"
@@ -242,7 +247,7 @@ class StepTrace:
                 self._kept.append(record)
             if record.category == WORKING:
                 self._move(record, KEPT)
-            use = _Use(self._place()[0], torch.autograd._get_sequence_nr() - 1)
+            use = _Use(self._place()[0], sequence_number() - 1)
             record.uses.append(use)
         if tensor.grad_fn is None:  # itself: others may watch whether this very object lives
             return tensor, use
@@ -254,7 +259,7 @@ class StepTrace:
 
     def _unpack(self, packed: tuple[torch.Tensor, _Use | None]) -> torch.Tensor:
         tensor, use = packed
-        node = torch._C._current_autograd_node()
+        node = current_autograd_node()
         kept_by = self._kept_by(node)
         if use is not None and use.operator is None and node is not None:
             *name, number = kept_by or (*operator_name(node), None)

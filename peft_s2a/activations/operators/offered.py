@@ -2,9 +2,11 @@
 
 import torch
 from torch import Tensor
-from torch.overrides import _is_torch_function_mode_enabled, has_torch_function
+from torch.overrides import has_torch_function
+
+from ...compat import is_function_mode_enabled
 
 
 def is_overridden(tensors: tuple[Tensor, ...]) -> bool:
     # torch.compile's has_torch_function knows of subclasses of tensors only, not of modes
-    return has_torch_function(tensors) or (torch.compiler.is_compiling() and _is_torch_function_mode_enabled())
+    return has_torch_function(tensors) or (torch.compiler.is_compiling() and is_function_mode_enabled())

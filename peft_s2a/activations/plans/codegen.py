@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ...compat import OpOverload, nn_bindings
 from .trace import aten
 
 
@@ -29,8 +30,8 @@ _BINDINGS = {
     aten.div.Tensor: torch.div,
     aten.div_.Tensor: Tensor.div_,
     aten.expand.default: Tensor.expand,
-    aten.gelu.default: torch._C._nn.gelu,
-    aten.gelu_.default: torch._C._nn.gelu_,
+    aten.gelu.default: nn_bindings.gelu,
+    aten.gelu_.default: nn_bindings.gelu_,
     aten.mm.default: torch.mm,
     aten.mul.Tensor: torch.mul,
     aten.mul_.Tensor: Tensor.mul_,
@@ -57,7 +58,7 @@ _LAID_OUT_BY_LIBRARIES = {aten.convolution.default, aten.native_batch_norm.defau
 
 
 def _callable(target: Any) -> Callable[..., Any]:
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         return _BINDINGS.get(target, target._op)
     return target
 
@@ -72,7 +73,7 @@ def laid_out(x: Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> Ten
 def _may_be_laid_out_otherwise(target: Any) -> bool:
     """Whether an operator's results may have other strides than those of its fake implementation, as batch norm's and
     `roll`'s do: what follows them, views above all, was recorded for the latter."""
-    if not isinstance(target, torch._ops.OpOverload) or target.namespace == "s2a":
+    if not isinstance(target, OpOverload) or target.namespace == "s2a":
         return False
     if target in _BINDINGS and target not in _LAID_OUT_BY_LIBRARIES:
         return False

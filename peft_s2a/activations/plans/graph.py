@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
-from torch.utils._python_dispatch import _disable_current_modes
 
+from ...compat import OpOverload, nn_bindings, no_dispatch_modes
 from .trace import Joint, Untraceable, aten
 
 
@@ -92,7 +92,7 @@ def _viewed(node: fx.Node) -> fx.Node | None:
         return _viewed(node.args[0])
     if node.target is aten._unsafe_view.default:
         return node.args[0]
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, OpOverload):
         return None
     if not any(r.alias_info is not None for r in node.target._schema.returns):
         return None
@@ -107,7 +107,7 @@ def _viewed(node: fx.Node) -> fx.Node | None:
 def is_random(node: fx.Node) -> bool:
     """Whether an operator draws random numbers: one that may, unless it is a fused attention without dropout."""
     target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
+    if not isinstance(target, OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
         return False
     for position, argument in enumerate(target._schema.arguments):
         if argument.name == "dropout_p":
@@ -125,7 +125,7 @@ def written(node: fx.Node) -> list[fx.Node]:
     target = node.target
     if target in _LIVE_BATCH_NORMS:  # their schemas do not say so
         return [operand for operand in node.args[3:5] if isinstance(operand, fx.Node)] if node.args[5] else []
-    if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
+    if not isinstance(target, OpOverload) or not target._schema.is_mutable:
         return []
     found = []
     for position, argument in enumerate(target._schema.arguments):
@@ -209,7 +209,7 @@ def _fold_constants(graph: fx.Graph) -> None:
     if not frontier or sum(value(node).untyped_storage().nbytes() for node in frontier) > _MOST_CONSTANTS:
         return
     computed: dict[fx.Node, Any] = {}
-    with torch.no_grad(), _disable_current_modes():
+    with torch.no_grad(), no_dispatch_modes():
         for node in graph.nodes:
             if node.op == "get_attr":
                 computed[node] = node.meta["constant"]
@@ -300,7 +300,7 @@ def split(joint: Joint) -> Halves:
         if node.op == "get_attr" or node in late:
             known[node] = _copy(backward, node, known)
     backward.output(tuple(None if g is None else known[g] for g in grads))
-    with _disable_current_modes():  # what is computed here, of fake tensors, is no part of anybody's step
+    with no_dispatch_modes():  # what is computed here, of fake tensors, is no part of anybody's step
         for half in (forward, backward):
             _drop_unread(half)
             _merge_linear(half)
@@ -359,7 +359,7 @@ def _merge_linear(graph: fx.Graph) -> None:
         is_folded = rows.target is aten.view.default and _keeps_rows(value(rows.args[0]), value(rows))
         source = rows.args[0] if is_folded and all(user.target in _VIEWS for user in node.users) else rows
         with graph.inserting_after(node):
-            merged = graph.call_function(torch._C._nn.linear, (source, transposed.args[0], bias[0] if bias else None))
+            merged = graph.call_function(nn_bindings.linear, (source, transposed.args[0], bias[0] if bias else None))
         merged.meta = dict(node.meta)
         merged.meta["val"] = value(node).view(*value(source).shape[:-1], value(node).shape[-1])
         _replace(node, merged)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ...compat import OpOverload
 from .graph import is_random, memories, value, written
 from .trace import aten
 
@@ -111,7 +112,7 @@ def _state(proof: _Proof, node: fx.Node) -> Any:
     rule = _RULES.get(packet)
     if rule is not None:
         state = rule(proof, node, *node.args, **node.kwargs)
-    elif isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags:
+    elif isinstance(target, OpOverload) and torch.Tag.pointwise in target.tags:
         state = _pointwise(proof, node)
     elif not proof.samples(*node.all_input_nodes):
         state = Shared()

@@ -12,14 +12,19 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.overrides import _get_current_function_mode_stack, _len_torch_function_stack
-from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
-from torch.utils._pytree import tree_flatten
 
 from ... import compat
+from ...compat import (
+    DisableTorchFunction,
+    count_dispatch_modes,
+    count_function_modes,
+    dispatch_modes,
+    function_modes,
+    no_dispatch_modes,
+    tree_flatten,
+)
 from .graph import simplify, split
 from .independence import Dependent
 from .run import Plan
@@ -29,8 +34,6 @@ from .watch import Observation, Watch, is_observed_globally
 
 
 logger = logging.getLogger(__name__)
-_len_torch_dispatch_stack = torch._C._len_torch_dispatch_stack
-_SELECTIVE = (torch.utils.checkpoint._CachingTorchDispatchMode, torch.utils.checkpoint._CachedTorchDispatchMode)
 _PLANS_PER_MODULE = 8  # of other shapes: beyond, the module runs without a plan
 _OBSERVATIONS = 3  # that may set up attributes
 # Bytes for the working set of one tile: enough for its operators to have work to do, small beside the codes that are kept.
@@ -161,7 +164,7 @@ class Planner:
                 raise Untraceable(reason)
             leaves: list[Any] = []
             # a mode in force would take every attribute that is read of a tensor for a call
-            with torch._C.DisableTorchFunction():
+            with DisableTorchFunction():
                 key = (_describe(args, leaves), _describe(kwargs, leaves), _ambient())
                 watch = self._watched(module)
             entry = self._entries.get(key)
@@ -219,7 +222,7 @@ class Planner:
         versions = [x._version for x in tensors if not x.is_inference()]
         devices = list({x.device for x in tensors if x.device.type == "cuda"})
         random = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
-        with _disable_current_modes(), _DeferredHooks() as hooks, Observation() as observation:
+        with no_dispatch_modes(), _DeferredHooks() as hooks, Observation() as observation:
             result = whole(*args, **kwargs)
         if not watch.holds():
             self._unsettled += 1
@@ -334,7 +337,7 @@ class _DeferredHooks:
     def __enter__(self) -> "_DeferredHooks":
         self._kept: list[_Kept] = []
         self._context = nullcontext()
-        self._hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        self._hooks = compat.outer_saved_tensors_hooks()
         if self._hooks is not None:
             self._context = saved_tensors_hooks(self._keep, self._unpack)
         self._context.__enter__()
@@ -391,16 +394,14 @@ def _unfit() -> str | None:
     """Why no plan may be used now, whatever the module; None if one may."""
     if is_observed_globally():
         return "hooks on all modules look inside"
-    if _len_torch_function_stack() and _foreign_function_mode():
+    if count_function_modes() and _foreign_function_mode():
         return "a function mode of somebody else is in force"
     if transform := compat.transform_in_force():
         return f"it runs under {transform}"
-    if _len_torch_dispatch_stack() and any(
-        isinstance(mode, _SELECTIVE) for mode in _get_current_dispatch_mode_stack()
-    ):
+    if count_dispatch_modes() and any(map(compat.caches_results, dispatch_modes())):
         return "a selective checkpoint caches results that it would write over"
     return None
 
 
 def _foreign_function_mode() -> bool:
-    return any(not getattr(mode, "is_replaced_by_plans", False) for mode in _get_current_function_mode_stack())
+    return any(not getattr(mode, "is_replaced_by_plans", False) for mode in function_modes())

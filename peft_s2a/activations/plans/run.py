@@ -7,8 +7,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_unflatten
 
+from ...compat import AUTOCAST_KEYS, VIEW_KEYS, BelowAutograd, DisableTorchFunction, WithoutKeys, tree_unflatten
 from ..operators.common import refuse_double_backward
 from .codegen import compile_graph, laid_out
 from .graph import Halves, memories
@@ -16,11 +16,6 @@ from .trace import TENSOR, Joint
 
 
 ALIAS = torch.ops.aten.alias.default
-VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
-# The recorded operators are what autograd, autocast and the like have made of the call already.
-BELOW = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
-    torch._C.DispatchKey.AutocastCUDA
-)
 
 
 @dataclass(eq=False)
@@ -63,7 +58,7 @@ class Plan:
 
     def __call__(self, leaves: Sequence[Any], tensors: Sequence[Tensor]) -> Any:
         inputs = self.inputs(leaves, tensors)
-        with torch._C.DisableTorchFunction():
+        with DisableTorchFunction():
             results = _Run.apply(self, inputs, *[inputs[i] for i in self.wanted])
         results = iter(results)
         return tree_unflatten([next(results) if x is TENSOR else x for x in self.outputs], self.output_spec)
@@ -74,10 +69,10 @@ class _Run(torch.autograd.Function):
     def forward(ctx, plan: Plan, inputs: list[Tensor | None], *wanted: Tensor):
         ctx.plan, ctx.kept_by = plan, plan.kept_by
         given = [None if i is None else inputs[i] for i in plan.saved]
-        with torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(BELOW):
+        with BelowAutograd(), WithoutKeys(AUTOCAST_KEYS):
             results, kept = plan.forward(inputs)
             if plan.own:  # no views for autograd, which lets nobody write into those that a function returns
-                with torch._C._ExcludeDispatchKeyGuard(VIEWS):
+                with WithoutKeys(VIEW_KEYS):
                     results = tuple([ALIAS(r) if i in plan.own and r._is_view() else r for i, r in enumerate(results)])
         kept = iter(kept)
         ctx.save_for_backward(*(next(kept) if i is None else x for i, x in zip(plan.saved, given)))
@@ -94,7 +89,7 @@ class _Run(torch.autograd.Function):
         for i, like in zip(plan.differentiable, plan.tangents):
             inputs.append(laid_out(grads[i], *like))
         del grads
-        with torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(BELOW):
+        with BelowAutograd(), WithoutKeys(AUTOCAST_KEYS):
             return (None, None, *plan.backward(inputs))
 
 

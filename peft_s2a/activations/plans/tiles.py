@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_unflatten
 
+from ...compat import AUTOCAST_KEYS, BelowAutograd, DisableTorchFunction, WithoutKeys, tree_unflatten
 from ..operators.common import refuse_double_backward
 from .codegen import laid_out
 from .graph import Halves, is_random, memories, split, value, written
 from .independence import Dependent, Samples, ancestors, follow
-from .run import BELOW, Plan
+from .run import Plan
 from .trace import TENSOR, Joint, aten
 
 
@@ -183,7 +183,7 @@ class TiledPlan:
     def __call__(self, leaves: Sequence[Any], tensors: Sequence[Tensor]) -> Any:
         plan = self.plans[self.sizes[0]]
         inputs = plan.inputs(leaves, tensors)
-        with torch._C.DisableTorchFunction():
+        with DisableTorchFunction():
             results = iter(_RunTiles.apply(self, inputs, *[inputs[i] for i in plan.wanted]))
         return tree_unflatten([next(results) if x is TENSOR else x for x in plan.outputs], plan.output_spec)
 
@@ -212,7 +212,7 @@ class _RunTiles(torch.autograd.Function):
             drawn = [
                 d.narrow(0, start * (len(d) // sum(tiled.sizes)), size * (len(d) // sum(tiled.sizes))) for d in draws
             ]
-            with torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(BELOW):
+            with BelowAutograd(), WithoutKeys(AUTOCAST_KEYS):
                 parts, kept = plan.forward([*tile, *drawn])
                 for result, part, (samples, *_) in zip(results, parts, tiled.results):
                     result.narrow(samples.dim, samples.rows * start, samples.rows * size).copy_(part)
@@ -246,7 +246,7 @@ class _RunTiles(torch.autograd.Function):
                 samples = tiled.results[i][0]
                 part = grads[i].narrow(samples.dim, samples.rows * start, samples.rows * size)
                 inputs.append(laid_out(part, *like))
-            with torch._C._AutoDispatchBelowAutograd(), torch._C._ExcludeDispatchKeyGuard(BELOW):
+            with BelowAutograd(), WithoutKeys(AUTOCAST_KEYS):
                 found = plan.backward(inputs)
                 for place, (i, gradient) in enumerate(zip(wanted, found)):
                     if gradient is None:

@@ -13,13 +13,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
-from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ... import compat
+from ...compat import (
+    FakeTensor,
+    FakeTensorMode,
+    current_autograd_node,
+    get_proxy_mode,
+    make_fx,
+    no_dispatch_modes,
+    tree_flatten,
+    tree_unflatten,
+)
 
 
 aten = torch.ops.aten
@@ -100,7 +106,7 @@ def trace(
     index_of = {id(t): i for i, t in enumerate(tensors)}
     mode = fake_mode_of([*leaves, *tensors]) or FakeTensorMode(allow_non_fake_inputs=True)
     shapes = {i: (sizes[i] if sizes and sizes[i] is not None else leaves[i].shape) for i in positions}
-    with _disable_current_modes(), mode:
+    with no_dispatch_modes(), mode:
         fakes = [_like(leaves[i], shapes[i]) for i in positions]
     trained = [i for i, t in enumerate(tensors) if t.requires_grad]
     record: dict[str, Any] = {}
@@ -139,7 +145,7 @@ def trace(
     _state.recording = True
     try:
         with (
-            _disable_current_modes(),
+            no_dispatch_modes(),
             mode,
             torch.enable_grad(),
             compat.fresh_node_metadata(),
@@ -174,7 +180,7 @@ def without_graph(x: Tensor) -> Tensor:
 
 def _note(record: dict[str, Any], x: Tensor) -> Tensor:
     """Write down for which node of the autograd graph a tensor was kept."""
-    tracked, node = record["tracer"].tensor_tracker.get(x), torch._C._current_autograd_node()
+    tracked, node = record["tracer"].tensor_tracker.get(x), current_autograd_node()
     if tracked is not None and node is not None:
         tracked.proxy.node.meta["kept_by"] = (*operator_name(node), node._sequence_nr())
     return x

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from ... import compat
 from .trace import Untraceable
 
 
@@ -147,7 +148,7 @@ class Watch:
                 raise Untraceable(f"a hook looks into its {type(module).__name__}")
 
     def _check_tensor(self, tensor: Tensor) -> None:
-        if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer) and not _is_fake(tensor):
+        if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer) and not compat.is_fake(tensor):
             raise Untraceable(f"it holds a {type(tensor).__name__}")
 
     def _watch_attributes(self, module: nn.Module, state: dict[str, Any]) -> None:
@@ -276,12 +277,6 @@ class Watch:
                 )
             )
         return described, self._likes
-
-
-def _is_fake(tensor: Tensor) -> bool:
-    from torch._subclasses.fake_tensor import is_fake
-
-    return is_fake(tensor)
 
 
 def _likes(tensors: Sequence[Tensor]) -> tuple[list[Any], list[Any]]:
