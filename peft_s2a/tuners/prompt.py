@@ -80,7 +80,8 @@ class PromptLayer(_PromptBase):
 
     def _remember_query(self, module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
         if any(self.adapters_in_use()):
-            self.in_flight["query"] = output[..., : self.width]
+            # a slice of everything would be another tensor to a compiler, which coded the query twice
+            self.in_flight["query"] = output if output.shape[-1] == self.width else output[..., : self.width]
 
     def _add_attention(
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any]

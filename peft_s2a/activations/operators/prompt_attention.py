@@ -49,8 +49,8 @@ def quantized_add_prompt_attention(
 
 def _with_heads(x: Tensor, num_heads: int) -> Tensor:
     """[..., tokens, heads * d] as [samples, heads, tokens, d]."""
-    tokens, width = x.shape[-2:]
-    return x.reshape(-1, tokens, num_heads, width // num_heads).transpose(1, 2)
+    x = x.reshape(*x.shape[:-1], -1, x.shape[-1] // num_heads)  # as models do it, so that a compiler codes the query once
+    return (x if x.dim() == 4 else x.reshape(-1, *x.shape[-3:])).transpose(1, 2)
 
 
 def _scale(heads: Tensor) -> float:
