@@ -49,7 +49,8 @@ def quantized_add_prompt_attention(
 
 def _with_heads(x: Tensor, num_heads: int) -> Tensor:
     """[..., tokens, heads * d] as [samples, heads, tokens, d]."""
-    x = x.reshape(*x.shape[:-1], -1, x.shape[-1] // num_heads)  # as models do it, so that a compiler codes the query once
+    # reshaped as models do it, so that a compiler finds the query coded already
+    x = x.reshape(*x.shape[:-1], -1, x.shape[-1] // num_heads)
     return (x if x.dim() == 4 else x.reshape(-1, *x.shape[-3:])).transpose(1, 2)
 
 
