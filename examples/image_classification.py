@@ -95,7 +95,9 @@ def main() -> None:
     else:
         trainer.save_model()
 
-    if trainer.is_world_process_zero():
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        trainer.accelerator.print(f"accuracy {metrics['eval_accuracy']:.4f}, saved to {args.output_dir}")
+    elif trainer.is_world_process_zero():  # one process alone can take a step of a model that is not sharded
         size = min(args.per_device_train_batch_size, len(trainer.train_dataset))
         batch = default_data_collator([trainer.train_dataset[index] for index in range(size)])
         autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None

@@ -1,16 +1,26 @@
-"""Run by `test_fsdp.py` in two processes: losses of sharded training beside those of one process."""
+"""Run by `test_fsdp.py` in two processes: sharded training, saved and resumed, beside that of one process."""
 
+import sys
 import warnings
+from pathlib import Path
 
 import families
 import pytest
 import torch
 import torch.distributed as dist
-from peft import get_peft_model
+from accelerate import Accelerator
+from accelerate.utils import FullyShardedDataParallelPlugin
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from peft_s2a import S2AConfig
+
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "distributed"))
+from fsdp_on_cpu import shard_on_cpu
 
 
 LADDER = {"structures": ("side",), "side_mode": "ladder"}
@@ -28,9 +38,9 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return [m for name, m in parts if len(name) > 1 and name[-1].isdigit() and name[-2] in ("layers", "stages")][::-1]
 
 
-def losses(model: nn.Module, rank: int, world: int) -> list[float]:
+def losses(model: nn.Module, rank: int, world: int, steps: range = range(3)) -> list[float]:
     optimizer, found = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-2), []
-    for seed in range(3):
+    for seed in steps:
         images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(seed)).chunk(world)[rank]
         loss = model(pixel_values=images, labels=(torch.arange(4) % 5).chunk(world)[rank]).loss
         optimizer.zero_grad()
@@ -43,10 +53,66 @@ def losses(model: nn.Module, rank: int, world: int) -> list[float]:
     return found
 
 
+def assert_close(actual: list[float], expected: list[float], tolerance: float = 1e-4) -> None:
+    assert max(abs(a - b) for a, b in zip(actual, expected, strict=True)) < tolerance, (actual, expected)
+
+
+def check_saving(folder: Path, rank: int, world: int) -> None:
+    """The adapter saved from shards is the one that a single process saves, and a sharded model goes on from it."""
+    one, two = build("vit", {}), build("vit", {})
+    for part in (*blocks(two), two):
+        fully_shard(part)
+    assert_close(losses(two, rank, world), losses(one, 0, 1))
+    with pytest.raises(RuntimeError, match="invalid python storage"):  # shards alone are no adapter
+        two.save_pretrained(folder / f"shards-{rank}")
+    state = get_model_state_dict(two, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if rank == 0:  # the other processes' is empty
+        two.save_pretrained(folder / "two", state_dict=state)
+        one.save_pretrained(folder / "one")
+    dist.barrier()
+    alone, sharded = (load_file(folder / name / "adapter_model.safetensors") for name in ("one", "two"))
+    assert alone.keys() == sharded.keys() and len(alone) > 10
+    for name, value in alone.items():
+        torch.testing.assert_close(sharded[name], value, rtol=1e-3, atol=1e-4, msg=name)
+    torch.manual_seed(0)
+    resumed = PeftModel.from_pretrained(families.FAMILIES["vit"](), folder / "two", is_trainable=True)
+    for part in (*blocks(resumed), resumed):
+        fully_shard(part)
+    assert_close(losses(resumed, rank, world, range(3, 5)), losses(one, 0, 1, range(3, 5)))
+
+
+def check_mixed_precision(rank: int, world: int) -> None:
+    model, seen = build("vit", {}), set()
+    for part in (*blocks(model), model):
+        fully_shard(part, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
+    blocks(model)[0].register_forward_hook(lambda module, args, output: seen.add(output.dtype))
+    assert_close(losses(model, rank, world), losses(build("vit", {}), 0, 1), tolerance=2e-2)
+    assert seen == {torch.bfloat16}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def check_accelerate(rank: int, world: int) -> None:
+    """Accelerate's plugin, which also shards the embeddings."""
+    shard_on_cpu()
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["ViTLayer"],
+        cpu_ram_efficient_loading=False,
+    )
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    model = build("vit", {})
+    prepared, _ = accelerator.prepare(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad]))
+    assert all(hasattr(parameter, "full_tensor") for parameter in prepared.parameters())
+    assert_close(losses(prepared, rank, world), losses(build("vit", {}), 0, 1))
+
+
 def main() -> None:
     warnings.simplefilter("ignore")
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
+    check_saving(Path(sys.argv[1]), rank, world)
+    check_mixed_precision(rank, world)
     for family, options, by_block in (("vit", {}, True), ("resnet", {}, True), ("vit", LADDER, False)):
         expected = losses(build(family, options), 0, 1)
         model = build(family, options)
@@ -61,6 +127,7 @@ def main() -> None:
         fully_shard(part)
     with pytest.raises(RuntimeError, match="on the whole model alone"):
         losses(model, rank, world)
+    check_accelerate(rank, world)
     if rank == 0:
         print("all equal")
     dist.destroy_process_group()
