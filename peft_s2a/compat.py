@@ -21,6 +21,7 @@ from torch._C import _AutoDispatchBelowAutograd as BelowAutograd
 from torch._C import _current_autograd_node as current_autograd_node
 from torch._C import _current_graph_task_id as current_graph_task_id
 from torch._C import _dispatch_has_kernel_for_dispatch_key as has_kernel
+from torch._C import _EnableTorchFunction as EnableTorchFunction
 from torch._C import _ExcludeDispatchKeyGuard as WithoutKeys
 from torch._C import _len_torch_dispatch_stack as count_dispatch_modes
 from torch._C import _nn as nn_bindings
@@ -35,6 +36,7 @@ from torch._subclasses.fake_tensor import (
 from torch.autograd import _get_sequence_nr as sequence_number
 from torch.autograd import forward_ad
 from torch.fx import traceback as fx_traceback
+from torch.fx._lazy_graph_module import _use_lazy_graph_module as lazy_graph_modules
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.nn.modules import module as torch_module
 from torch.overrides import _get_current_function_mode as current_function_mode
@@ -68,6 +70,7 @@ __all__ = [
     "DataDependentOutputException",
     "DisableTorchFunction",
     "DynamicOutputShapeException",
+    "EnableTorchFunction",
     "ExcludedModule",
     "FakeTensor",
     "FakeTensorMode",
@@ -90,6 +93,7 @@ __all__ = [
     "is_capturing_outputs",
     "is_fake",
     "is_function_mode_enabled",
+    "lazy_graph_modules",
     "make_fx",
     "nn_bindings",
     "no_dispatch_modes",

@@ -1,6 +1,7 @@
 """Plans compute what the function mode computes, bit for bit, and are used only while what they were made for holds."""
 
 import copy
+import cProfile
 import gc
 import logging
 import random
@@ -608,6 +609,14 @@ class TestWhatHeldNoLongerDoes:
     def test_a_patched_forward(self, pair):
         self.change(pair, lambda model: setattr(model[0].act, "forward", lambda x: x.sin()))
 
+    @pytest.mark.parametrize("kind", [nn.GELU, nn.LayerNorm, Flagged])
+    def test_a_patched_class(self, pair, kind, monkeypatch):
+        forward = kind.forward
+        monkeypatch.setattr(kind, "forward", lambda module, x: 3 * forward(module, x))
+        self.change(pair, lambda model: None)
+        monkeypatch.undo()
+        self.change(pair, lambda model: None)
+
     def test_a_function_mode_of_the_user(self, pair):
         from torch.overrides import TorchFunctionMode
 
@@ -753,6 +762,19 @@ def test_fallbacks_are_listed_and_logged_once(caplog):
     assert len([record for record in caplog.records if "without a plan" in record.message]) == 2
     assert set(unplanned(model)) == {"0", "1"}
     assert not unplanned(restore_activations(model))
+
+
+def test_the_first_step_can_be_profiled():
+    stock, quantized = network(), quantize_activations(network(), {"bits": 8})
+    profile = cProfile.Profile()
+    profile.enable()
+    try:
+        compare_with_stock(stock, quantized, rows())
+    finally:
+        profile.disable()
+    assert any("compare_with_stock" in str(entry.code) for entry in profile.getstats())  # to the end
+    compare_with_stock(stock, quantized, rows())
+    assert not unplanned(quantized)
 
 
 def test_double_backward_is_refused():

@@ -30,7 +30,7 @@ from .independence import Dependent
 from .run import Plan
 from .tiles import TiledPlan, batched_arguments, kept_bytes, passed_bytes, sizes_of, tiled_plan, tiles_for, working_set
 from .trace import Joint, Untraceable, trace, without_graph
-from .watch import Observation, Watch, is_observed_globally
+from .watch import Observation, Watch, is_observed_globally, is_profiled
 
 
 logger = logging.getLogger(__name__)
@@ -179,11 +179,12 @@ class Planner:
                     if result is not _DISCARDED:
                         self._observed = next(_observations)
                         return result
-            if entry.plan is None:
-                self._make(entry, whole, args, kwargs, leaves)
-            if isinstance(entry.plan, str):
-                raise Untraceable(entry.plan)
-            plan = self._chosen[key] = self._choose(entry, whole, args, kwargs, leaves)
+            with DisableTorchFunction():
+                if entry.plan is None:
+                    self._make(entry, whole, args, kwargs, leaves)
+                if isinstance(entry.plan, str):
+                    raise Untraceable(entry.plan)
+                plan = self._chosen[key] = self._choose(entry, whole, args, kwargs, leaves)
         except Untraceable as error:
             self._fall_back(module, str(error))
             return whole(*args, **kwargs)
@@ -217,6 +218,8 @@ class Planner:
         nothing behind its result is discarded, and random generators are set back: so the first call computes what later
         calls do.
         """
+        if is_profiled():
+            raise Untraceable("a profiler follows its code")
         watch = self._watch
         tensors = [x for x in (*leaves, *watch.tensors) if isinstance(x, Tensor)]
         versions = [x._version for x in tensors if not x.is_inference()]

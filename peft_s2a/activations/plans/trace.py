@@ -17,6 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ... import compat
 from ...compat import (
+    EnableTorchFunction,
     FakeTensor,
     FakeTensorMode,
     current_autograd_node,
@@ -117,7 +118,8 @@ def trace(
             # operators tell parameters from activations by whether they are leaves
             entered[i] = x.view_as(x) if x.requires_grad and not leaves[i].is_leaf else x
         args, kwargs = tree_unflatten(entered, spec)
-        results, record["spec"] = tree_flatten(function(*args, **kwargs))
+        with EnableTorchFunction():
+            results, record["spec"] = tree_flatten(function(*args, **kwargs))
         after, _ = tree_flatten((args, kwargs))
         if len(after) != len(entered) or any(one is not other for one, other in zip(after, entered)):
             raise Untraceable("it changes a list or dict among its arguments")
@@ -149,6 +151,7 @@ def trace(
             mode,
             torch.enable_grad(),
             compat.fresh_node_metadata(),
+            compat.lazy_graph_modules(True),  # nobody runs the module, whose source takes as long as its graph
             saved_tensors_hooks(without_graph, partial(_note, record)),
         ):
             module = make_fx(joint, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes)
@@ -167,10 +170,9 @@ def trace(
     alive = [t for t in record["tracer"].tensor_tracker if not any(t is f for f in fakes)]
     if alive:
         raise Untraceable("it keeps a tensor beyond the call")
+    wanted = [i for i, x in enumerate(fakes) if x.requires_grad]
     record["mode"], record["has_values"] = mode, fake_mode_of([*leaves, *tensors]) is None
-    return _joint_graph(
-        module, record, positions, [i for i, x in enumerate(fakes) if x.requires_grad], trained, index_of
-    )
+    return _joint_graph(module, record, positions, wanted, trained, index_of)
 
 
 def without_graph(x: Tensor) -> Tensor:

@@ -120,8 +120,10 @@ class Watch:
         self._types = list(map(type, self.modules))
         self._training = [module.training for module in self.modules]
         self._hook_lists = [(state, tuple(state)) for state in self._filled if type(state).__name__ == "OrderedDict"]
-        self._forwards = [(kind, kind.forward) for kind in dict.fromkeys(self._types)]
-        for kind in dict.fromkeys(base for own in self._types for base in own.__mro__):
+        kinds = list(dict.fromkeys(base for own in self._types for base in own.__mro__))
+        self._kinds = [kind for kind in kinds if "forward" in vars(kind)]
+        self._forwards = list(map(_FORWARD, self._kinds))
+        for kind in kinds:
             if not _is_trusted(kind.__module__):
                 self._containers.append((vars(kind), _copy(vars(kind))))
                 for name, thing in vars(kind).items():
@@ -217,9 +219,8 @@ class Watch:
         for hooks, keys in self._hook_lists:
             if tuple(hooks) != keys:
                 return False
-        for kind, forward in self._forwards:
-            if kind.forward is not forward:
-                return False
+        if list(map(_FORWARD, self._kinds)) != self._forwards:
+            return False
         self.tensors = self._read()
         return _likes(self.tensors) == self._likes
 
@@ -276,7 +277,7 @@ class Watch:
                     [(name, relative(x)) for name, x in state.items() if name not in _OWN and name in read],
                 )
             )
-        return described, self._likes
+        return described, self._forwards, self._likes
 
 
 def _likes(tensors: Sequence[Tensor]) -> tuple[list[Any], list[Any]]:
@@ -297,6 +298,7 @@ class _Same:
 
 _GONE = object()
 _VALUES = operator.methodcaller("values")
+_FORWARD = operator.attrgetter("forward")
 _LIKE = operator.attrgetter("requires_grad", "dtype", "device", "shape")
 _STRIDE = operator.methodcaller("stride")
 _MAPPINGS = (dict, types.MappingProxyType)
@@ -317,6 +319,13 @@ def _equal(container: Any, before: Any) -> bool:
     else:
         pairs = zip(container, before)
     return all(a is b or (type(a) is type(b) and type(a) in _PLAIN and a == b) for a, b in pairs)
+
+
+def is_profiled() -> bool:
+    """Whether a profiler written in C, such as `cProfile`, follows calls in this thread. Once another takes its place it
+    cannot be put back."""
+    profiler = sys.getprofile()
+    return profiler is not None and not callable(profiler)
 
 
 class Observation:
