@@ -7,6 +7,8 @@ tricks.
     python benchmarks/memory_and_speed.py --preset wide            # four backbones, all of PEFT's methods, on a CPU
     python benchmarks/memory_and_speed.py --preset full            # eight backbones, all of PEFT's methods, on a GPU
     python benchmarks/memory_and_speed.py --preset full --resume   # what an earlier run of it left out
+    python benchmarks/memory_and_speed.py --preset budget          # images a second within 0.25 to 8 GiB, on a CPU
+    python benchmarks/memory_and_speed.py --preset compiled        # LoRA and S2A under torch.compile
 
 Models have random weights from their configurations, 100 labels, 224 x 224 images. All methods of a backbone live in
 one process and take their steps in turn, so that a machine that slows down hits all alike. What is measured, by
@@ -17,7 +19,8 @@ peak    highest live bytes during a training step, above parameters, optimiser s
 
 and step, the median seconds of a training step with AdamW, with its smallest and largest value. Methods that a
 backbone or PEFT does not support are listed with the reason. Growth with batch size, tokens and blocks is a line
-fitted to a few points.
+fitted to a few points. For budgets see `budgets.py`. Of compiled methods, whose steps no operator of can be watched,
+only the peak and the time are given; the first call, which compiles, is timed apart.
 
 Writes `benchmarks/results/memory_and_speed-<preset>-<device>.json`, and beside it a plot (.png).
 """
@@ -37,8 +40,10 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import budgets
 import numpy as np
 import torch
+import torch._functorch.config
 from environment import describe_environment, result_file, write_result
 from peft import (
     IA3Config,
@@ -63,6 +68,7 @@ from peft_s2a.anatomy import find_task_heads
 from peft_s2a.memory.methods import METHODS as PLANNED
 from peft_s2a.memory.methods import checkpointed, lora, lora_targets
 from peft_s2a.memory.models import find_model
+from peft_s2a.memory.profile import ProfilerMeter
 
 
 MiB = 2**20
@@ -141,11 +147,50 @@ class Method:
     Attributes:
         optimizer: None: AdamW.
         micro_batch: Images that pass through the model at once, their gradients being added up; None: all of the batch.
+        compiled: Whether `torch.compile` has been applied to the model.
     """
 
     apply: Apply
     optimizer: MakeOptimizer | None = None
     micro_batch: int | None = None
+    compiled: bool = False
+
+
+def compiled(apply: Apply, activation_memory_budget: float = 1.0) -> Method:
+    """The same under `torch.compile`. Of what autograd would keep, a budget below 1 lets the compiler keep that part
+    and recompute the rest (`torch._functorch.config.activation_memory_budget`)."""
+
+    def apply_compiled(model: nn.Module) -> nn.Module:
+        model = apply(model)
+        plain_forward = model.forward
+
+        def compiled_forward(*args: Any, **kwargs: Any) -> Any:
+            return plain_forward(*args, **kwargs)
+
+        # A code object of its own: else what was compiled for another model of this class, under another budget, is
+        # taken.
+        compiled_forward.__code__ = compiled_forward.__code__.replace(co_name=f"compiled_forward_{id(model)}")
+        forward = torch.compile(compiled_forward)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with torch._functorch.config.patch(activation_memory_budget=activation_memory_budget):
+                return forward(*args, **kwargs)
+
+        model.forward = call
+        return model
+
+    return Method(apply_compiled, compiled=True)
+
+
+def offloaded(apply: Apply) -> Apply:
+    """With checkpointing, and what the blocks are recomputed from held in the host's memory."""
+
+    def apply_offloaded(model: nn.Module) -> nn.Module:
+        if next(model.parameters()).device.type != "cuda":
+            raise ValueError("activations are offloaded from a GPU's memory to the host's: needs a CUDA device")
+        return checkpointed(apply, offload=True)(model)
+
+    return apply_offloaded
 
 
 def lorafa_optimizer(model: nn.Module) -> torch.optim.Optimizer:
@@ -194,11 +239,20 @@ TRICKS = {
     "S2A, no tiles": Method(s2a_with(ActivationQuantizationConfig(mlp_tiles=1))),
     "S2A, no token mean": Method(s2a_with(WithoutTokenMean())),
 }
+OFFLOADED = {"LoRA + checkpointing, offloaded": Method(offloaded(lora))}
+COMPILED = {
+    "LoRA, compiled": compiled(lora),
+    "LoRA, compiled, keeps half": compiled(lora, 0.5),
+    "LoRA, compiled, keeps a fifth": compiled(lora, 0.2),
+    "S2A, compiled": compiled(s2a()),
+}
 METHODS: dict[str, Method] = BASELINES | CHECKPOINTED | FRUGAL_LORA | STRUCTURES | TRICKS
+EVERY = collections.ChainMap(METHODS, OFFLOADED, COMPILED)
 
 FEW = ("full fine-tuning", "LoRA", "LoRA + checkpointing", "S2A")
 RIVALS = ("full fine-tuning", "LoRA", "LoRA + checkpointing", *FRUGAL_LORA, "S2A")
 MAIN = ("full fine-tuning", "BitFit", *RIVALS[1:], *TRICKS)
+FRUGAL = ("LoRA", "LoRA + checkpointing", *FRUGAL_LORA, "S2A", "S2A + checkpointing")  # what fits a small memory
 KINDS = ("vit-b", "swin-t", "resnet50", "convnext-t")  # one backbone of each
 BACKBONES = ("vit-b", "vit-l", "dinov2-s", "dinov2-b", "swin-t", "swin-b", "resnet50", "convnext-t")
 
@@ -210,7 +264,8 @@ class Case:
     Attributes:
         layers: Number of transformer blocks, None for the model's own.
         autocast: Whether the forward pass runs under bfloat16 autocast.
-        axis: Along which a line is to be fitted through this and other cases: "images", "tokens" or "blocks".
+        axis: Along which a line is to be fitted through this and other cases: "images", "tokens" or "blocks"; "budget":
+            the batch is one that a budget gave.
     """
 
     backbone: str
@@ -235,8 +290,18 @@ def growth(backbone: str, batch_sizes: tuple[int, ...], image_sizes: tuple[int, 
 
 @dataclass(frozen=True)
 class Preset:
+    """Cases to measure.
+
+    Attributes:
+        rounds: Timed steps of each method.
+        budgets: Bytes for which the largest micro-batch is sought, from cases of the axis "images".
+        longest_step: Seconds of a step up to which that micro-batch is measured.
+    """
+
     cases: tuple[Case, ...]
     rounds: int
+    budgets: tuple[int, ...] = ()
+    longest_step: float = 3.0
 
 
 GROWTH_ON_CPUS = tuple(growth("vit-s", (2, 4, 8), (112, 160, 224), (4, 8, 12), 4))
@@ -259,10 +324,19 @@ PRESETS = {
         ),
         3,
     ),
+    "budget": Preset(
+        tuple(Case(backbone, FRUGAL, size, axis="images") for backbone in KINDS for size in (1, 4)),
+        2,
+        tuple(int(size * 2**30) for size in (0.25, 0.5, 1, 2, 4, 8)),
+    ),
+    "compiled": Preset(
+        tuple(Case(backbone, ("LoRA", *list(COMPILED)[:3], "S2A", *list(COMPILED)[3:])) for backbone in ("vit-b", "resnet50")),
+        5,
+    ),
     "full": Preset(
         (
             *(
-                Case(backbone, tuple(METHODS), batch_size, autocast=autocast)
+                Case(backbone, (*METHODS, *OFFLOADED), batch_size, autocast=autocast)
                 for backbone in BACKBONES
                 for autocast in (False, True)
                 for batch_size in (8, 64)
@@ -358,6 +432,8 @@ def prepare(case: Case, method: Method, batch: dict[str, torch.Tensor], seed: in
     model = method.apply(build(case, str(device))).to(device).train()
     shared.share(model)
     make_optimizer = method.optimizer or adamw
+    if method.compiled:
+        return prepare_compiled(model, case, batch, seed)
     report = profile_memory(
         model,
         batch,
@@ -372,8 +448,41 @@ def prepare(case: Case, method: Method, batch: dict[str, torch.Tensor], seed: in
         "parameters": report.total_parameters,
         "saved_bytes_per_image": report.saved_bytes / case.batch_size,
         "peak_bytes": report.step_peak_bytes,
+        "total_bytes": report.peak_bytes,
         "first_loss": step().item(),
     }
+
+
+def prepare_compiled(
+    model: nn.Module, case: Case, batch: dict[str, torch.Tensor], seed: int
+) -> tuple[Callable[[], torch.Tensor], dict[str, Any]]:
+    """The same of a compiled model. Its operators run eagerly where they are watched, so they are not: the peak is the
+    allocator's."""
+    step = training_step(model, batch, adamw, case.autocast)
+    torch.manual_seed(seed)
+    start = time.perf_counter()
+    first_loss = step().item()
+    first_seconds = time.perf_counter() - start
+    step()
+    return step, {
+        "trainable": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "peak_bytes": allocator_peak(step, batch["pixel_values"].device),
+        "first_loss": first_loss,
+        "first_step_seconds": first_seconds,
+    }
+
+
+def allocator_peak(step: Callable[[], torch.Tensor], device: torch.device) -> int:
+    """Highest live bytes during a step, above what was live before it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        return torch.cuda.max_memory_allocated(device) - before
+    with ProfilerMeter() as meter:
+        step()
+    return meter.peak()
 
 
 def duration(step: Callable[[], torch.Tensor]) -> float:
@@ -410,7 +519,7 @@ def measure(case: Case, rounds: int, seed: int, device: str) -> list[dict[str, A
     label = f"{case.backbone}, batch {case.batch_size}, {size} px"
     for name in tqdm(case.methods, desc=f"{label}: prepare"):
         try:
-            steps[name], measured[name] = prepare(case, METHODS[name], batch, seed, shared)
+            steps[name], measured[name] = prepare(case, EVERY[name], batch, seed, shared)
         except SKIPPING as error:
             measured[name] = {"skipped": reason(error)}
         if name not in steps:  # only here, where no traceback is alive any more
@@ -505,13 +614,13 @@ def table_of(rows: list[dict[str, Any]]) -> Table:
             continue
         base = lora_of(row, rows)
         names = ("saved_bytes_per_image", "peak_bytes", "step_seconds")
-        ratios = [f"{row[name] / base[name]:.2f}" if base else "" for name in names]
+        ratios = [f"{row[name] / base[name]:.2f}" if base and name in row else "" for name in names]
         times = row["all_step_seconds"]
         table.add_row(
             title,
             batch,
             row["method"],
-            f"{row['saved_bytes_per_image'] / MiB:.2f}",
+            f"{row['saved_bytes_per_image'] / MiB:.2f}" if "saved_bytes_per_image" in row else "",
             f"{row['peak_bytes'] / MiB:.0f}",
             f"{row['step_seconds']:.3f} ({min(times):.3f}-{max(times):.3f})",
             *ratios,
@@ -533,12 +642,33 @@ def slopes_table(found: list[dict[str, Any]]) -> Table:
     return table
 
 
+def budget_table(found: list[dict[str, Any]]) -> Table:
+    sizes = [budgets.gib(fitted["budget_bytes"]) for fitted in found[0]["fits"]]
+    table = Table("backbone", "method", "one image, MiB", *sizes, title="Images a second (micro-batch); ~: planned")
+    for row in found:
+        smallest = f"{row['smallest_bytes'] / MiB:,.0f}"
+        table.add_row(row["backbone"], row["method"], smallest, *map(budgets.cell, row["fits"]))
+    return table
+
+
+def budget_cases(cases: list[Case], rows: list[dict[str, Any]], preset: Preset) -> list[Case]:
+    """What the budgets ask to be measured, methods of a backbone with equal micro-batches together."""
+    found: dict[tuple[str, int], list[str]] = collections.defaultdict(list)
+    for backbone, method in dict.fromkeys((case.backbone, name) for case in cases for name in case.methods):
+        mine = budgets.rows_of(rows, backbone, method)
+        if EVERY[method].micro_batch is not None or not any(row["axis"] == "images" for row in mine):
+            continue
+        for size in budgets.to_measure(mine, preset.budgets, preset.longest_step):
+            found[backbone, size].append(method)
+    return [Case(backbone, tuple(methods), size, axis="budget") for (backbone, size), methods in found.items()]
+
+
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """For each backbone, at its largest batch, in fp32 where there is any, bars of the peak and of the step time."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    shown = {*MAIN, *STRUCTURES}  # all methods of the full preset would not fit a page
+    shown = {*MAIN, *STRUCTURES, *COMPILED}  # all methods of the full preset would not fit a page
     rows = [row for row in rows if row["axis"] is None and row["method"] in shown and "skipped" not in row]
     autocast = all(row["autocast"] for row in rows)
     rows = [row for row in rows if row["autocast"] == autocast]
@@ -581,7 +711,7 @@ def main() -> None:
         "backbones", nargs="*", metavar="BACKBONE", help=f"only these of the preset: {', '.join(BACKBONES)}, ..."
     )
     parser.add_argument("--preset", default="main", choices=PRESETS)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="METHOD", help="instead of the preset's")
+    parser.add_argument("--methods", nargs="+", choices=list(EVERY), metavar="METHOD", help="instead of the preset's")
     parser.add_argument("--batch-size", type=int, help="instead of the preset's")
     parser.add_argument("--rounds", type=int, help="timed steps of each method, instead of the preset's")
     parser.add_argument("--autocast", action="store_true", help="bfloat16 autocast everywhere")
@@ -614,15 +744,26 @@ def main() -> None:
             result |= resumed(json.loads(path.read_text()), result)
         except ValueError as error:
             parser.error(f"--resume: {path}: {error}")
-    for case in cases:
-        if {row["method"] for row in result["rows"] if same_case(row, asdict(case))} >= set(case.methods):
-            continue
-        result["rows"] += measure(case, rounds, args.seed, args.device)
-        result["slopes"] = slopes(result["rows"])
-        write_result(path, result)  # after every case, so that a cut loses little
+
+    def measure_missing(cases: list[Case]) -> None:
+        for case in cases:
+            if {row["method"] for row in result["rows"] if same_case(row, asdict(case))} >= set(case.methods):
+                continue
+            result["rows"] += measure(case, rounds, args.seed, args.device)
+            result["slopes"] = slopes(result["rows"])
+            write_result(path, result)  # after every case, so that a cut loses little
+
+    measure_missing(cases)
     console = Console(width=150)
     console.print(table_of(result["rows"]))
-    if result["slopes"]:
+    if preset.budgets:
+        while asked := budget_cases(cases, result["rows"], preset):
+            measure_missing(asked)
+        result["budgets"] = budgets.figures(result["rows"], preset.budgets, lambda name: EVERY[name].micro_batch)
+        write_result(path, result)
+        console.print(budget_table(result["budgets"]))
+        budgets.plot(result["budgets"], path.with_suffix(".png"))
+    elif result["slopes"]:
         console.print(slopes_table(result["slopes"]))
     plot(result["rows"], path.with_suffix(".png"))
     console.print("{device}, torch {torch}".format(**result["environment"]), f"written to {path}")

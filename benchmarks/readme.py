@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import budgets
 from accuracy import COMPARED, accuracies, mean_and_deviation, paired_difference
-from memory_and_speed import METHODS, RIVALS
+from memory_and_speed import COMPILED, METHODS, RIVALS
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,7 +81,115 @@ TITLES = {
 }
 
 
+SHORT = ("LoRA", "LoRA + checkpointing", "LoRA, micro-batch 1", "S2A")  # of the first table
+
+
 def summary(data: Result, path: Path) -> list[str]:
+    """What a user could pick within a budget, where that was measured on the same hardware."""
+    figure = f"![peak of a training step by backbone and method]({FIGURE})" if (ROOT / FIGURE).is_file() else ""
+    within = path.with_name(path.name.replace("-main-", "-budget-"))
+    if not within.is_file():
+        return peaks(data, figure)
+    data = json.loads(within.read_text())
+    rows = [row for row in data["budgets"] if row["method"] in SHORT]
+    about = f"{budget_note(data)} {budget_losses(rows)}"
+    return [figure, budget_table(rows), note(data, about)]
+
+
+def budget_table(rows: list[Result]) -> str:
+    """A row a backbone and method."""
+    header = ("backbone", "method", "one image", *(budgets.gib(fitted["budget_bytes"]) for fitted in rows[0]["fits"]))
+    cells = (
+        (
+            TITLES.get(row["backbone"], row["backbone"]),
+            row["method"],
+            f"{row['smallest_bytes'] / MiB:,.0f} MiB",
+            *map(budgets.cell, row["fits"]),
+        )
+        for row in rows
+    )
+    return table(header, ([f"**{text}**" for text in row] if row[1] == "S2A" else row for row in cells))
+
+
+def budget_note(data: Result) -> str:
+    return (
+        "One image: the least memory in which one can be trained, parameters, gradients and optimiser state included. "
+        "Within each budget: images a second (micro-batch), of the largest micro-batch that fits; ~: planned from a "
+        "line through measured batches, at the images a second of the largest of these; -: nothing fits. 224 x 224, "
+        f"fp32, on {hardware(data)}."
+    )
+
+
+def budget_losses(rows: list[Result]) -> str:
+    """In how many of the budgets that S2A fits another method is faster, and where one needs less memory."""
+    parts = []
+    for backbone in dict.fromkeys(row["backbone"] for row in rows):
+        ours = next((row for row in rows if (row["backbone"], row["method"]) == (backbone, "S2A")), None)
+        if ours is None:
+            continue
+        others = [row for row in rows if row["backbone"] == backbone and row is not ours]
+        faster = {
+            budgets.gib(mine["budget_bytes"]): row["method"]
+            for index, mine in enumerate(ours["fits"])
+            for row in others
+            if (row["fits"][index]["images_per_second"] or 0) > (mine["images_per_second"] or 0)
+        }
+        smaller = [row["method"] for row in others if row["smallest_bytes"] < ours["smallest_bytes"]]
+        lost = []
+        if faster:
+            lost.append(f"another method is faster in {', '.join(faster)}")
+        if smaller:
+            lost.append(f"one image takes less with {', '.join(smaller)}")
+        parts.append(f"{TITLES.get(backbone, backbone)}: {' and '.join(lost) if lost else 'nowhere'}")
+    return f"Where S2A loses: {'; '.join(parts)}." if parts else ""
+
+
+def budget(data: Result, path: Path) -> list[str]:
+    """Images a second within a budget, all methods."""
+    rows = data["budgets"]
+    about = f"{budget_note(data)} {budget_losses(rows)}"
+    return [budget_table(rows), note(data, about), picture(path, "images a second over the memory budget")]
+
+
+def without_checkpointing(data: Result, path: Path) -> list[str]:
+    """Model types that transformers does not checkpoint, by task."""
+    cells = []
+    for task in dict.fromkeys(task for row in data["rows"] for task in row["supported"]):
+        support = {row["model_type"]: row["supported"][task] for row in data["rows"] if task in row["supported"]}
+        names = [name for name, supported in support.items() if not supported]
+        cells.append((task, f"{len(names)} of {len(support)}", ", ".join(names)))
+    about = (
+        f"Model types of transformers {data['environment']['transformers']} whose classes have "
+        "`supports_gradient_checkpointing = False`."
+    )
+    return [table(("task", "without", "model types"), cells), note(data, about)]
+
+
+def compiled(data: Result, path: Path) -> list[str]:
+    """LoRA and S2A under `torch.compile`."""
+    rows = [row for row in data["rows"] if row["axis"] is None]
+    lora = {row["backbone"]: row for row in rows if row["method"] == "LoRA" and "skipped" not in row}
+    cells = []
+    for row in rows:
+        if row["method"] not in (*COMPILED, "LoRA", "S2A"):
+            continue
+        title = TITLES.get(row["backbone"], row["backbone"])
+        if "skipped" in row:
+            cells.append((title, row["method"], row["skipped"], "", "", ""))
+            continue
+        first = f"{row['first_step_seconds']:.0f}" if "first_step_seconds" in row else ""
+        ratios = (ratio(quantity, row, lora.get(row["backbone"])) for quantity in ("peak_bytes", "step_seconds"))
+        cells.append((title, row["method"], f"{row['peak_bytes'] / MiB:,.0f}", *ratios, first))
+    header = ("backbone", "method", "peak, MiB", "peak / LoRA", "step time / LoRA", "first step, s")
+    about = (
+        f"`torch.compile`, the first step with its compilation; of what the compiler would keep, `activation_memory_"
+        f"budget` lets it keep the part named. Batch {max(row['batch_size'] for row in rows)}, 224 x 224, fp32, on "
+        f"{hardware(data)}."
+    )
+    return [table(header, cells), note(data, about), picture(path, "peak and step time under torch.compile")]
+
+
+def peaks(data: Result, figure: str) -> list[str]:
     """Peak and time of what a user could pick, a backbone a column, and where S2A loses."""
     rows, lora, about = training_steps(data)
     found = {(row["backbone"], row["method"]): row for row in rows if "skipped" not in row}
@@ -95,7 +204,6 @@ def summary(data: Result, path: Path) -> list[str]:
     cells = [(method, *(cell(backbone, method) for backbone in backbones)) for method in methods]
     cells = [tuple(f"**{text}**" for text in row) if row[0] == "S2A" else row for row in cells]
     about = f"Cells: peak of a training step, step time / LoRA's. {about} A dash: the model class does not support it."
-    figure = f"![peak of a training step by backbone and method]({FIGURE})" if (ROOT / FIGURE).is_file() else ""
     return [
         figure,
         table(("", *(TITLES.get(name, name) for name in backbones)), cells),
@@ -346,6 +454,24 @@ def fidelity(data: Result, path: Path) -> list[str]:
     return [table(("operator", *(f"{bits} bits" for bits in widths)), cells), note(data, about)]
 
 
+def fidelity_in_training(data: Result, path: Path) -> list[str]:
+    """Cosine by structure over the steps of training."""
+    rows = data["rows"]
+    steps = list(dict.fromkeys(row["step"] for row in rows))
+    found = {(row["structure"], row["step"]): row for row in rows}
+    cells = [
+        (title, *("{cosine:.4f} ({worst_cosine:.4f})".format(**found[title, step]) for step in steps))
+        for title in dict.fromkeys(row["structure"] for row in rows)
+    ]
+    about = (
+        f"Cosine between the gradient at {rows[0]['bits']} bits and the exact one, of all that a structure trains except "
+        f"the head, while it is trained on Fashion-MNIST at {rows[0]['bits']} bits: mean (smallest) over "
+        f"{data['settings']['batches']} batches of 16 test images of 56 x 56, DINOv2-small. On {hardware(data)}."
+    )
+    header = ("structure", *(f"step {step}" if step else "start" for step in steps))
+    return [table(header, cells), note(data, about), picture(path, "distance to the exact gradient over training")]
+
+
 def kernels(data: Result, path: Path) -> list[str]:
     """The fused versions beside the stock operators."""
     versions = list(dict.fromkeys(row["version"] for row in data["rows"]))
@@ -406,7 +532,11 @@ SECTIONS: dict[str, tuple[tuple[str, ...], Callable[[Result, Path], list[str]]]]
     "choices": (("memory_and_speed-wide-*.json", "memory_and_speed-full-*.json"), choices),
     "wide": (("memory_and_speed-wide-*.json", "memory_and_speed-full-*.json"), wide),
     "accuracy": (("accuracy-*.json",), accuracy),
-    "fidelity": (("fidelity-*.json",), fidelity),
+    "budget": (("memory_and_speed-budget-*.json",), budget),
+    "compiled": (("memory_and_speed-compiled-*.json",), compiled),
+    "without_checkpointing": (("checkpointing.json",), without_checkpointing),
+    "fidelity": (("fidelity-full-*.json",), fidelity),
+    "fidelity_in_training": (("fidelity-training-*.json",), fidelity_in_training),
     "kernels": (("kernels-*.json",), kernels),
     "plans": (("plans.json",), plans),
 }

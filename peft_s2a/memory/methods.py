@@ -76,20 +76,23 @@ def lora_targets(model: nn.Module) -> list[str]:
     return targets
 
 
-def checkpointed(apply: Callable[[nn.Module], nn.Module], every_n_layers: int = 1) -> Callable[[nn.Module], nn.Module]:
+def checkpointed(
+    apply: Callable[[nn.Module], nn.Module], every_n_layers: int = 1, offload: bool = False
+) -> Callable[[nn.Module], nn.Module]:
     """The same with activations recomputed in the backward pass (non-reentrant), those of one block in
-    `every_n_layers`. ValueError on models, and versions of transformers, that do not support it."""
+    `every_n_layers`; with `offload`, from copies in the host's memory. ValueError on models, and versions of
+    transformers, that do not support it."""
 
     def apply_checkpointed(model: Any) -> nn.Module:
         if not getattr(model, "supports_gradient_checkpointing", False):
             raise ValueError(f"{type(model).__name__} does not support gradient checkpointing")
         model = apply(model)
         if hasattr(model, "activation_checkpointing_enable"):  # from transformers 5.23 on, where the old name warns
-            model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers)
-        elif every_n_layers == 1:
+            model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers, offload)
+        elif every_n_layers == 1 and not offload:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         else:
-            raise ValueError("transformers before 5.23 checkpoints all blocks or none")
+            raise ValueError("transformers before 5.23 checkpoints all blocks or none, and offloads nothing")
         return model  # type: ignore[no-any-return]
 
     return apply_checkpointed

@@ -4,9 +4,10 @@ import fidelity
 import pytest
 import torch
 from images import fashion_mnist, pixel_values
+from peft import get_peft_model
 from transformers import Dinov2Config, Dinov2ForImageClassification
 
-from peft_s2a import ActivationQuantizationConfig
+from peft_s2a import ActivationQuantizationConfig, S2AConfig
 
 
 @pytest.fixture
@@ -35,6 +36,32 @@ def test_more_bits_are_closer_to_the_exact_gradient(model, data):
     assert errors[0] > errors[1] > errors[2] > 0
     assert 0.99 < found[2]["worst_cosine"] <= found[2]["cosine"] <= 1
     assert all(torch.equal(fidelity.gradient(model, batch), e) for batch, e in zip(data, exact)), "left quantised"
+
+
+def test_gradients_are_compared_while_an_adapter_is_trained(model, data):
+    tuned = get_peft_model(model, S2AConfig(activation_quantization=None)).train()
+    started = {name: parameter.clone() for name, parameter in tuned.named_parameters() if parameter.requires_grad}
+    head = sum(parameter.numel() for name, parameter in tuned.named_parameters() if ".modules_to_save." in name)
+    sizes = []
+    original = fidelity.gradient
+
+    def watched(model, batch, parameters):
+        found = original(model, batch, parameters)
+        sizes.append(found.numel())
+        return found
+
+    fidelity.gradient = watched
+    try:
+        config = ActivationQuantizationConfig(bits=2, group_size=16)
+        rows = list(fidelity.along_training(tuned, data * 2, data, config, 1e-2, (0, 1, 3)))
+    finally:
+        fidelity.gradient = original
+    assert [row["step"] for row in rows] == [0, 1, 3] and rows[0]["loss"] is None and rows[2]["loss"] > 0
+    assert all(-1 <= row["worst_cosine"] <= row["cosine"] < 1 and row["relative_error"] > 0 for row in rows)
+    assert len({row["relative_error"] for row in rows}) == 3
+    assert head > 0 and set(sizes) == {sum(parameter.numel() for parameter in started.values()) - head}
+    changed = [name for name, value in started.items() if not torch.equal(value, tuned.get_parameter(name))]
+    assert len(changed) > 0.9 * len(started)
 
 
 def test_every_kind_is_compared_at_every_width(model, data):

@@ -3,10 +3,11 @@
 import json
 import weakref
 
+import budgets
 import memory_and_speed
 import pytest
 import torch
-from memory_and_speed import METHODS, PRESETS, Case, Method, SharedParameters, measure
+from memory_and_speed import COMPILED, EVERY, METHODS, PRESETS, Case, Method, SharedParameters, measure
 from transformers import ResNetConfig, ResNetForImageClassification, ViTConfig, ViTForImageClassification
 
 
@@ -273,7 +274,85 @@ def test_other_settings_are_not_resumed(monkeypatch, tmp_path, capsys):
 
 def test_presets_name_known_methods():
     for preset in PRESETS.values():
-        assert all(set(case.methods) <= set(METHODS) for case in preset.cases)
+        assert all(set(case.methods) <= set(EVERY) for case in preset.cases)
+
+
+def of_batch(batch_size, total_bytes, seconds=1.0, axis="images", method="LoRA"):
+    """A row of a backbone that takes a given memory and time."""
+    return {"backbone": "b", "method": method, "batch_size": batch_size, "total_bytes": total_bytes, "axis": axis,
+            "step_seconds": seconds}  # fmt: skip
+
+
+def test_the_largest_micro_batch_is_the_last_that_the_line_and_the_measurement_let_in():
+    rows = [of_batch(1, 110), of_batch(4, 140, seconds=2.0)]  # 100 + 10 for each image
+    assert [budgets.planned_batch(rows, size) for size in (99, 100, 109, 110, 119, 120, 205)] == [0, 0, 0, 1, 1, 2, 10]
+    assert budgets.fit(rows, 205) == budgets.Fit(205, 10, 2.0, measured=False)
+    assert budgets.fit(rows, 140) == budgets.Fit(140, 4, 2.0, measured=True)
+    assert budgets.fit(rows, 109) == budgets.Fit(109, 0, None, measured=True)
+    assert list(budgets.to_measure(rows, (109, 140, 150, 205, 1205), longest_step=5.0)) == [5, 10]
+    rows.append(of_batch(10, 206, seconds=4.0, axis="budget"))  # a byte too much: it gives way to 9
+    rows = budgets.rows_of(rows, "b", "LoRA")
+    assert budgets.planned_batch(rows, 205) == 10
+    assert budgets.fit(rows, 205) == budgets.Fit(205, 9, 2.5, measured=False)
+    assert list(budgets.to_measure(rows, (205,), longest_step=5.0)) == [9]
+    rows = budgets.rows_of([*rows, of_batch(9, 196, seconds=3.0, axis="budget")], "b", "LoRA")
+    assert budgets.fit(rows, 205) == budgets.Fit(205, 9, 3.0, measured=True)
+    assert budgets.line_of(rows) == pytest.approx((100, 10))  # what was measured for a budget does not bend it
+
+
+def test_adding_up_gradients_keeps_its_micro_batch_and_needs_it_to_fit():
+    rows = [of_batch(1, 110, 1.0), of_batch(4, 112, 2.0)]
+    assert budgets.fit(rows, 10**6, micro_batch=1) == budgets.Fit(10**6, 1, 2.0, measured=True)
+    assert budgets.fit(rows, 109, micro_batch=1).micro_batch == 0
+
+
+def test_skipped_methods_and_single_points_have_no_figures():
+    rows = [of_batch(1, 110), of_batch(4, 140), of_batch(1, 90, method="S2A")]
+    rows.append({"backbone": "b", "method": "LoRA + checkpointing", "axis": "images", "skipped": "not supported"})
+    (found,) = budgets.figures(rows, (140, 10**4), lambda name: None)
+    assert (found["method"], found["smallest_bytes"]) == ("LoRA", 110)
+    assert [budgets.cell(fitted) for fitted in found["fits"]] == ["4.00 (4)", "~4.00 (990)"]
+
+
+def test_budgets_are_measured_on_models_and_resumed(monkeypatch, tmp_path, capsys):
+    methods = ("LoRA", "LoRA, micro-batch 1", "S2A")
+    cases = tuple(Case("vit-b", methods, size, 64, axis="images") for size in (1, 4))
+    preset = memory_and_speed.Preset(cases, 1, budgets=(10**5, 2 * 10**6, 10**12), longest_step=1)
+    monkeypatch.setitem(PRESETS, "small", preset)
+    arguments = ("--preset", "small", "--device", "cpu", "--out", tmp_path / "out.json", "--resume")
+    run(monkeypatch, *arguments)
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert (tmp_path / "out.png").stat().st_size > 10_000
+    assert {row["method"] for row in result["budgets"]} == {"LoRA", "LoRA, micro-batch 1", "S2A"}
+    measured = {(row["method"], row["batch_size"]): row["total_bytes"] for row in result["rows"]}
+    for row in result["budgets"]:
+        assert row["smallest_bytes"] == measured[row["method"], 1] > 4 * result["rows"][0]["parameters"]
+        nothing, some, most = row["fits"]
+        assert nothing["micro_batch"] == 0 and not (most["measured"] and row["method"] != "LoRA, micro-batch 1")
+        if row["method"] != "LoRA, micro-batch 1":  # it was run, and fits
+            assert most["micro_batch"] > some["micro_batch"] > 1 and some["measured"]
+            assert measured[row["method"], some["micro_batch"]] <= 2 * 10**6
+    monkeypatch.setattr(memory_and_speed, "measure", lambda *_: pytest.fail("there was nothing left to measure"))
+    run(monkeypatch, *arguments)
+    assert json.loads((tmp_path / "out.json").read_text())["budgets"] == result["budgets"]
+
+
+def test_offloading_needs_a_gpu():
+    (row,) = measure(Case("vit-b", ("LoRA + checkpointing, offloaded",), 2, 32), rounds=1, seed=0, device="cpu")
+    assert "needs a CUDA device" in row["skipped"]
+
+
+@pytest.mark.slow
+def test_compiled_methods_take_the_steps_of_eager_ones_and_keep_what_they_are_told():
+    methods = ("LoRA", *COMPILED, "S2A")
+    rows = {
+        row["method"]: row for row in measure(Case("vit-b", methods, 4, 64, layers=4), rounds=1, seed=0, device="cpu")
+    }
+    losses = {name: row["first_loss"] for name, row in rows.items()}
+    assert losses == {name: pytest.approx(losses["LoRA"], rel=1e-4) for name in losses}
+    assert all(rows[name]["first_step_seconds"] > 20 * rows[name]["step_seconds"] for name in COMPILED)
+    peaks = [rows[f"LoRA, compiled{share}"]["peak_bytes"] for share in ("", ", keeps half", ", keeps a fifth")]
+    assert peaks == sorted(peaks, reverse=True) and peaks[-1] < 0.8 * peaks[0]
 
 
 def test_tables_and_plots_can_be_drawn(vit_rows, tmp_path):

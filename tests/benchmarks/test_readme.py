@@ -30,7 +30,7 @@ def test_the_readme_is_a_page():
 def test_every_result_names_its_hardware_versions_and_date(path):
     environment = json.loads(path.read_text())["environment"]
     assert environment.keys() >= {"device", "date", "python", "torch", "peft", "transformers"}
-    if path.stem not in ("demo", "models", "plans", "widths"):  # one of each: made anywhere
+    if path.stem not in ("checkpointing", "demo", "models", "plans", "widths"):  # one of each: made anywhere
         assert path.stem.endswith(slug(environment["device"]))
 
 
@@ -98,6 +98,78 @@ def test_the_summary_says_where_s2a_loses(results):
     assert "| LoRA + checkpointing | 2 MiB, 1.50 | - |" in section
     assert "| **S2A** | **3 MiB, 1.20** | **3 MiB, 0.50** |" in section
     assert "Less memory than S2A: LoRA + checkpointing on a. LoRA is faster on a." in section
+
+
+def fitted(budget, micro_batch, rate=None, measured=True):
+    return {
+        "budget_bytes": budget * 2**30,
+        "micro_batch": micro_batch,
+        "images_per_second": rate,
+        "measured": measured,
+    }
+
+
+def test_the_first_table_is_of_budgets_where_these_were_measured_and_says_where_s2a_loses(results):
+    rows = [
+        {"backbone": "a", "method": "LoRA", "smallest_bytes": 90 * 2**20, "fits": [fitted(0.5, 0), fitted(8, 9, 7.0)]},
+        {"backbone": "a", "method": "S2A", "smallest_bytes": 80 * 2**20,
+         "fits": [fitted(0.5, 4, 3.0), fitted(8, 99, 5.0, False)]},
+        {"backbone": "b", "method": "S2A", "smallest_bytes": 80 * 2**20, "fits": [fitted(0.5, 4, 3.0), fitted(8, 9, 4.0)]},
+        {"backbone": "b", "method": "LoRA + checkpointing every 2nd block", "smallest_bytes": 1,
+         "fits": [fitted(0.5, 1, 9.0), fitted(8, 9, 9.0)]},
+    ]  # fmt: skip
+    step = {"axis": None, "batch_size": 8, "autocast": False, "backbone": "a", "method": "S2A", "peak_bytes": 1,
+            "step_seconds": 1.0}  # fmt: skip
+    write_result(results / "memory_and_speed-main-x.json", {"environment": describe_environment(), "rows": [step]})
+    write_result(results / "memory_and_speed-budget-x.json", {"environment": describe_environment(), "budgets": rows})
+    section = readme.section("summary")
+    assert "| backbone | method | one image | 0.5 GiB | 8 GiB |" in section
+    assert "| a | LoRA | 90 MiB | - | 7.00 (9) |" in section
+    assert "| **a** | **S2A** | **80 MiB** | **3.00 (4)** | **~5.00 (99)** |" in section
+    assert "Where S2A loses: a: another method is faster in 8 GiB; b: nowhere." in section
+    assert "every 2nd" not in section and "every 2nd" in readme.section("budget")
+    assert "b: another method is faster in 0.5 GiB, 8 GiB and one image takes less with" in readme.section("budget")
+
+
+def test_models_without_checkpointing_are_named_by_task(results):
+    rows = [
+        {"model_type": "resnet", "supported": {"classification": False, "backbone": False}},
+        {"model_type": "vit", "supported": {"classification": True}},
+    ]
+    write_result(results / "checkpointing.json", {"environment": describe_environment(), "rows": rows})
+    section = readme.section("without_checkpointing")
+    assert "| classification | 1 of 2 | resnet |" in section and "| backbone | 1 of 1 | resnet |" in section
+
+
+def test_compiled_steps_stand_beside_eager_lora(results):
+    shared = {"axis": None, "batch_size": 8, "autocast": False, "backbone": "a"}
+    rows = [
+        {**shared, "method": "LoRA", "peak_bytes": 10 * 2**20, "step_seconds": 2.0},
+        {
+            **shared,
+            "method": "LoRA, compiled",
+            "peak_bytes": 5 * 2**20,
+            "step_seconds": 1.0,
+            "first_step_seconds": 60.0,
+        },
+        {**shared, "method": "S2A, compiled", "skipped": "no compiler"},
+    ]
+    write_result(results / "memory_and_speed-compiled-x.json", {"environment": describe_environment(), "rows": rows})
+    section = readme.section("compiled")
+    assert "| a | LoRA, compiled | 5 | 0.50 | 0.50 | 60 |" in section
+    assert "| a | S2A, compiled | no compiler |" in section
+
+
+def test_fidelity_in_training_is_a_row_a_structure(results):
+    rows = [
+        {"structure": "bias", "bits": 4, "step": step, "cosine": 0.9 + step / 1000, "worst_cosine": 0.8}
+        for step in (0, 10)
+    ]
+    data = {"environment": describe_environment(), "settings": {"batches": 2}, "rows": rows}
+    write_result(results / "fidelity-training-x.json", data)
+    section = readme.section("fidelity_in_training")
+    assert "| structure | start | step 10 |" in section and "| bias | 0.9000 (0.8000) | 0.9100 (0.8000) |" in section
+    assert readme.section("fidelity") == ""
 
 
 @pytest.mark.parametrize(("seeds", "stated"), [(3, False), (12, True)])
