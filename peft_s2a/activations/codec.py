@@ -146,6 +146,15 @@ def decode_groups(
     return codes.mul_(step).add_(offset).to(dtype)
 
 
+def step_sizes(scales: Tensor, bits: int, group_size: int, count: int) -> Tensor:
+    """How far apart the values are that each value of a row may come back as, float32 ``[R, count]``; ``scales`` are
+    `encode_groups`'."""
+    scales_width(count, group_size)  # refuses sizes out of range
+    group_size = min(group_size, max(count, 1))
+    _, step = _decode_bounds(scales, -(-count // group_size), bits)
+    return step.repeat_interleave(group_size, dim=1)[:, :count]
+
+
 def _encode_bounds(low: Tensor, high: Tensor) -> Tensor:
     """The scales of groups between ``low`` and ``high`` (float32 ``[R, groups]``)."""
     rows, groups = low.shape

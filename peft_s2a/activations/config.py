@@ -23,9 +23,9 @@ class ActivationQuantizationConfig:
     Args:
         bits: width of a code, 1, 2, 3, 4 or 8, for every operator; or a dict from operator kind ("activation",
             "gated_activation", "norm", "softmax", "attention", "linear"), module name or "default" to a width. A
-            module name, or the end of one ("mlp.activation"), goes before a kind, a longer name before a shorter one;
-            "name:kind" is for the operators of one kind in that module and goes before the name alone. What is not
-            named gets "default", else 4. Piecewise-linear activation functions, max pooling and dropout are exact and
+            module name, or the end of one ("mlp.activation"), is for all operators in that module and the modules
+            inside. It goes before a kind, a longer name before a shorter one; "name:kind" is for the operators of one
+            kind and goes before the name alone. What is not named gets "default", else 4. Piecewise-linear activation functions, max pooling and dropout are exact and
             ignore it.
         group_size: neighbouring values that share bounds, which take two bytes and a quarter. None: 32, and 16 for
             attention with heads of more than 32 channels, whose gradients suffer most from coarse groups.
@@ -98,7 +98,10 @@ class ActivationQuantizationConfig:
         if isinstance(bits, dict):
             by_name = {name: width for name, width in bits.items() if name not in (*OPERATOR_KINDS, "default")}
             of_kind = {name.rpartition(":")[0]: width for name, width in bits.items() if name.endswith(f":{kind}")}
-            bits = _by_module_name({**by_name, **of_kind}, module_name, bits.get(kind, bits.get("default", 4)))
+            given = {**by_name, **of_kind}
+            matching = [name for name in given if any(_names(name, around) for around in _ancestors(module_name))]
+            otherwise = bits.get(kind, bits.get("default", 4))
+            bits = given[max(matching, key=len)] if matching else otherwise
         levels = _by_module_name(self.levels or {}, module_name) if kind == "activation" else None
         is_wide = kind == "attention" and (channels is None or channels > WIDE_HEAD)
         return Quantizer(
@@ -116,9 +119,8 @@ class ActivationQuantizationConfig:
 
     def skips(self, module_name: str) -> bool:
         """Whether the module, or one that contains it, is named by ``skip_modules``."""
-        parts = module_name.split(".")
-        ancestors = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
-        return any(_names(name, ancestor) for name in self.skip_modules or () for ancestor in ancestors)
+        around = _ancestors(module_name)
+        return any(_names(name, ancestor) for name in self.skip_modules or () for ancestor in around)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data."""
@@ -136,6 +138,12 @@ class ActivationQuantizationConfig:
 def _check_int(name: str, value: Any, otherwise: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be a positive integer {otherwise}".rstrip() + f", not {value!r}")
+
+
+def _ancestors(module_name: str) -> list[str]:
+    """The names of a module and of those around it."""
+    parts = module_name.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
 
 
 def _names(name: str, module_name: str) -> bool:

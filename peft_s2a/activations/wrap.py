@@ -24,6 +24,7 @@ from .config import OPERATOR_KINDS, ActivationQuantizationConfig
 from .interception import OperatorMode, follow_checkpoints
 from .plans.planner import Planner, Store
 from .plans.trace import is_recording
+from .sharpness import Sharpness, first_call_is_over, is_looking
 
 
 # Modules whose own forward pass only hands tensors to other modules, or holds none of the operators.
@@ -37,7 +38,9 @@ class _Settings:
     """How one module runs while its activations are quantised."""
 
     operators: OperatorMode
+    sharpness: Sharpness
     planner: Planner | None = None
+    is_new: bool = True  # no training call yet
 
     @property
     def config(self) -> ActivationQuantizationConfig:
@@ -93,6 +96,21 @@ def _quantized_class(stock: type[nn.Module]) -> type[nn.Module]:
         if torch.compiler.is_compiling():
             return settings.operators.run(stock.forward, self, *args, **kwargs)
 
+        if settings.is_new:
+            return first_call(self, settings, args, kwargs)
+        return run(self, settings, args, kwargs)
+
+    def first_call(self, settings, args, kwargs):
+        with settings.sharpness.looking(settings.operators.module_name):
+            result = run(self, settings, args, kwargs)
+        if is_looking():  # on behalf of a module around this one
+            settings.is_new = False
+        else:
+            settings.is_new = not first_call_is_over()
+            settings.sharpness.say_later(result)
+        return result
+
+    def run(self, settings, args, kwargs):
         whole = functools.partial(settings.operators.run, stock.forward, self)
         if settings.planner is None or is_recording():
             result = whole(*args, **kwargs)
@@ -142,6 +160,7 @@ def quantize_activations(
         )
     found = set(_blocks(model))
     blocks, store = [module for module in model.modules() if module in found], Store()
+    sharpness = Sharpness(config)
     for name, module in model.named_modules():
         if config.skips(name) or not _has_operators(module):
             _restore(module)
@@ -153,7 +172,7 @@ def quantize_activations(
             planner = Planner(store, settings, _is_harmless, later, narrows, _tiles(config))
         if not isinstance(module, _Quantized):
             module.__class__ = _quantized_class(type(module))
-        module._activation_settings = _Settings(OperatorMode(config, name), planner)
+        module._activation_settings = _Settings(OperatorMode(config, name), sharpness, planner)
     return model
 
 
@@ -201,6 +220,16 @@ def unplanned(model: nn.Module) -> dict[str, str]:
         planner = module._activation_settings.planner if isinstance(module, _Quantized) else None
         if planner is not None and planner.reason is not None:
             found[name] = planner.reason
+    return found
+
+
+def sharp_attention(model: nn.Module) -> dict[str, float]:
+    """{name of a module: by how much codes move the logits of the attention in it} where that is too much for precise
+    gradients, as each module's first training call showed. See `sharpness`."""
+    found = {}
+    for module in model.modules():
+        if isinstance(module, _Quantized):
+            found.update(module._activation_settings.sharpness.sharp())
     return found
 
 

@@ -96,6 +96,8 @@ class MemoryReport:
         peak: Highest live bytes, split by what they are.
         unplanned: {module: why it ran without a plan, or in one piece where tiles were wanted}
             (`activations.wrap.unplanned`).
+        sharp_attention: {module: by how much the codes move the logits of its attention} where that is too much for
+            precise gradients (`activations.wrap.sharp_attention`); empty in an estimate.
         step_seconds: Duration of one step, None in an estimate.
         timeline: For each operator of the step, in order: (phase, gradients, kept, working) live at its own peak. Of a
             measured step it is that of the watched run, which may reach above `peak`.
@@ -115,6 +117,7 @@ class MemoryReport:
     by_module: Mapping[str, KeptBytes]
     peak: PeakBytes
     unplanned: Mapping[str, str] = field(default_factory=dict)
+    sharp_attention: Mapping[str, float] = field(default_factory=dict)
     step_seconds: float | None = None
     timeline: tuple[tuple[str, int, int, int], ...] = field(default=(), repr=False)
 
@@ -181,6 +184,7 @@ class MemoryReport:
             self._kept_table("kept for backward by", self.by_operator),
             self._kept_table("kept for backward in (* is any index)", _by_pattern(self.by_module)),
             *self._unplanned_lines(),
+            *self._sharp_lines(),
         )
 
     def _unplanned_lines(self) -> list[str]:
@@ -192,6 +196,16 @@ class MemoryReport:
             if not reason.startswith("in one piece")
             else f"Planned {reason}: {pattern or 'the whole model'} ({len(names)})."
             for (pattern, reason), names in modules.items()
+        ]
+
+    def _sharp_lines(self) -> list[str]:
+        found = defaultdict(list)
+        for name, error in self.sharp_attention.items():
+            found[_pattern(name)].append(error)
+        return [
+            f"Attention too sharp for its codes: {pattern or 'the whole model'} ({len(errors)}), whose logits they move by up "
+            f'to {max(errors):.2f}; give it 8 bits: bits={{"attention": 8}}.'
+            for pattern, errors in found.items()
         ]
 
     def _kept_table(self, heading: str, sizes: Mapping[str, KeptBytes]) -> Table:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from peft_s2a.activations.plans.trace import operator_name
-from peft_s2a.activations.wrap import unplanned
+from peft_s2a.activations.wrap import sharp_attention, unplanned
 from peft_s2a.compat import (
     TorchDispatchMode,
     current_autograd_node,
@@ -343,6 +343,7 @@ class StepTrace:
                 operator=self.moments[at].operator,
             ),
             unplanned={_without_wrappers(name): reason for name, reason in unplanned(self.model).items()},
+            sharp_attention={_without_wrappers(name): error for name, error in sharp_attention(self.model).items()},
             step_seconds=step_seconds,
             timeline=timeline,
         )

@@ -19,6 +19,18 @@ class TestSettings:
         ]  # fmt: skip
         assert found == [8, 3, 2, 1, 3]
 
+    def test_a_name_is_for_everything_inside_unless_more_is_said(self):
+        config = ActivationQuantizationConfig(bits={"layer.0": 8, "layer.1:attention": 2, "0.attention": 3, "norm": 1})
+        found = [
+            config.quantizer(kind, name).bits
+            for kind, name in (
+                ("norm", "vit.layer.0"), ("norm", "vit.layer.0.norm"), ("attention", "vit.layer.1.attention.inner"),
+                ("softmax", "vit.layer.1.attention.inner"), ("attention", "vit.layer.0.attention.inner"),
+                ("norm", "vit.layer.10.norm"),
+            )
+        ]  # fmt: skip
+        assert found == [8, 8, 2, 4, 3, 1]
+
     def test_levels_go_to_the_activation_function_they_name(self):
         config = ActivationQuantizationConfig(bits=1, levels={"1.act": [0.1, 0.9]})
         assert config.quantizer("activation", "layers.1.act").levels == (0.1, 0.9)

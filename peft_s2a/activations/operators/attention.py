@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from .. import sharpness
 from ..codec import math_dtype
 from ..masks import Recipe
 from ..quantizer import Quantizer
@@ -62,6 +63,9 @@ class _Attention(torch.autograd.Function):
                 for x in (key, value)
             ),
         ]
+        if sharpness.is_looking():
+            of_logits = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+            sharpness.look(codes[0], codes[1], of_logits, quantizer.bits, quantizer.group_size, query.shape[-1])
         ctx.recipe, sources = recipe, [mask] if recipe is None else recipe.take_sources()
         ctx.save_for_backward(*codes[0], *codes[1], *codes[2], random_state, *sources)
         ctx.dropout_p, ctx.is_causal, ctx.scale, ctx.dim = dropout_p, is_causal, scale, query.shape[-1]

@@ -8,7 +8,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from ...compat import AUTOCAST_KEYS, VIEW_KEYS, BelowAutograd, DisableTorchFunction, WithoutKeys, tree_unflatten
+from ...compat import (
+    AUTOCAST_KEYS,
+    VIEW_KEYS,
+    BelowAutograd,
+    DisableTorchFunction,
+    OpOverload,
+    WithoutKeys,
+    tree_unflatten,
+)
+from .. import sharpness
 from ..operators.common import refuse_double_backward
 from .codegen import compile_graph, laid_out
 from .graph import Halves, memories
@@ -34,6 +43,7 @@ class Plan:
     output_spec: Any
     differentiable: list[int]
     own: list[int]  # results whose memory nobody else holds
+    attention: list[tuple[list[int], list[int], tuple]]  # see `_attention`
 
     @classmethod
     def of(cls, joint: Joint, halves: Halves) -> "Plan":
@@ -50,11 +60,20 @@ class Plan:
             output_spec=joint.output_spec,
             differentiable=joint.differentiable,
             own=_own(halves.forward),
+            attention=_attention(halves),
         )
 
     def inputs(self, leaves: Sequence[Any], tensors: Sequence[Tensor]) -> list[Tensor]:
         """What the forward pass reads, of a call's leaves and a module's tensors."""
         return [leaves[i] for i in self.arguments] + [tensors[i] for i in self.slots]
+
+    def look(self, kept: Sequence[Tensor]) -> None:
+        """Look at the attention of a first call that has kept this."""
+        if self.attention and sharpness.is_looking():
+            codes = iter(kept)
+            saved = [next(codes) if i is None else None for i in self.saved]
+            for query, key, others in self.attention:
+                sharpness.look([saved[i] for i in query], [saved[i] for i in key], *others)
 
     def __call__(self, leaves: Sequence[Any], tensors: Sequence[Tensor]) -> Any:
         inputs = self.inputs(leaves, tensors)
@@ -74,6 +93,7 @@ class _Run(torch.autograd.Function):
             if plan.own:  # no views for autograd, which lets nobody write into those that a function returns
                 with WithoutKeys(VIEW_KEYS):
                     results = tuple([ALIAS(r) if i in plan.own and r._is_view() else r for i, r in enumerate(results)])
+        plan.look(kept)
         kept = iter(kept)
         ctx.save_for_backward(*(next(kept) if i is None else x for i, x in zip(plan.saved, given)))
         if len(plan.differentiable) < len(results):
@@ -102,3 +122,17 @@ def _own(graph: fx.Graph) -> list[int]:
         i for i, x in enumerate(results)
         if isinstance(x, fx.Node) and held[memory[x]] == 1 and memory[x].op == "call_function"
     ]  # fmt: skip
+
+
+def _attention(halves: Halves) -> list[tuple[list[int], list[int], tuple]]:
+    """Where, among what is saved, the codes of queries and keys are that attention reads in backward, and the other
+    arguments of `sharpness.look`."""
+    saved = [node for node in halves.backward.nodes if node.op == "placeholder"][: len(halves.saved)]
+    kept = {node: i for i, node in enumerate(saved) if halves.saved[i] is None}
+    found = []
+    for node in halves.backward.nodes:
+        if isinstance(node.target, OpOverload) and node.target._schema.name.endswith("::attention_backward"):
+            _, query, key, _, _, _, scale, bits, group_size, channels, _ = node.args
+            if all(x in kept for x in (*query, *key)):
+                found.append(([kept[x] for x in query], [kept[x] for x in key], (scale, bits, group_size, channels)))
+    return found

@@ -216,6 +216,8 @@ class _RunTiles(torch.autograd.Function):
                 parts, kept = plan.forward([*tile, *drawn])
                 for result, part, (samples, *_) in zip(results, parts, tiled.results):
                     result.narrow(samples.dim, samples.rows * start, samples.rows * size).copy_(part)
+            if start == 0:  # which stands for the others
+                plan.look(kept)
             kept_of_all += kept
             ctx.kept_by += [name for i, name in zip(plan.saved, plan.kept_by) if i is None]
             del parts, kept, tile
