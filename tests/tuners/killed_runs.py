@@ -146,7 +146,7 @@ def check(kind: str, kills: int, root: Path, rng: random.Random) -> None:
         if killed < kills:
             while not (killed or has_checkpoint(folder)):
                 time.sleep(0.01)
-            time.sleep(rng.uniform(0.05, 0.9 if killed else 0.3) * duration)
+            time.sleep(rng.uniform(0, 0.9 if killed else 0.05) * duration)
             os.kill(process, signal.SIGKILL)  # of one that has ended, and waits to be asked, nothing comes
         _, status = os.waitpid(process, 0)
         if os.WIFSIGNALED(status):
