@@ -1,7 +1,9 @@
-"""What is kept of an attention mask: what it was made of, where that takes less room, and otherwise the mask itself.
+"""What is kept of a constant, such as an attention mask: what it was made of, where that takes less room, and otherwise
+the constant itself.
 
 The masks and position biases of window attention are as large as its scores, but are made of little: of a frozen
-table, of numbers, of one mask for all samples. While a module runs under `interception.OperatorMode`, `call` notes of
+table, of numbers, of one mask for all samples. The weights of some convolutions are standardised in every call, from
+parameters that exist in any case. While a module runs under `interception.OperatorMode`, `call` notes of
 every tensor how it was made if that takes less room than the tensor, and `Recipe` repeats those steps in backward.
 They are exact for any values, and no value is looked at. A tensor that was changed in place since, or made of one that
 was, is kept as it is.
@@ -25,7 +27,7 @@ _ENLARGING = {
 # Functions of constants: their results are constants. All are deterministic and none writes to its arguments.
 FUNCTIONS = _ENLARGING | {
     torch.arange, torch.zeros, torch.ones, torch.full, torch.cat, torch.stack, torch.where, torch.meshgrid,
-    Tensor.view, Tensor.reshape, torch.reshape, Tensor.permute, torch.permute, Tensor.transpose, torch.transpose,
+    Tensor.view, Tensor.view_as, Tensor.reshape, Tensor.reshape_as, torch.reshape, Tensor.permute, torch.permute, Tensor.transpose, torch.transpose,
     Tensor.contiguous, Tensor.unsqueeze, torch.unsqueeze, Tensor.squeeze, Tensor.flatten, torch.flatten,
     Tensor.to, Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.long, Tensor.int, Tensor.bool, Tensor.type_as,
     torch.sub, Tensor.sub, Tensor.__sub__, Tensor.__rsub__, torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__,

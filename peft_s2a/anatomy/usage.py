@@ -89,18 +89,21 @@ def observe(model: nn.Module) -> Usage | None:
     complaints = logging.getLogger("torch._subclasses.fake_tensor")  # of inputs that do not fit
     was_disabled, complaints.disabled = complaints.disabled, True
     try:
-        for inputs, is_complete in example_inputs(model):
-            usage = Usage(is_complete=is_complete)
-            try:
-                _observe(model, inputs, usage)
-            except (DataDependentOutputException, DynamicOutputShapeException) as error:
-                logger.debug("%s can be followed only in part: %s", type(model).__name__, error)
-                usage.is_complete = False
-                _observe_image_tower(model, inputs, usage)
-            except Exception as error:  # whatever a model raises on an input that it does not take
-                logger.debug("%s cannot be followed: %s", type(model).__name__, error)
-                continue
-            return _remember(key, usage)
+        with torch.device(
+            "cpu"
+        ):  # whatever the default is: inputs, and what a model makes on its way, go with the fakes
+            for inputs, is_complete in example_inputs(model):
+                usage = Usage(is_complete=is_complete)
+                try:
+                    _observe(model, inputs, usage)
+                except (DataDependentOutputException, DynamicOutputShapeException) as error:
+                    logger.debug("%s can be followed only in part: %s", type(model).__name__, error)
+                    usage.is_complete = False
+                    _observe_image_tower(model, inputs, usage)
+                except Exception as error:  # whatever a model raises on an input that it does not take
+                    logger.debug("%s cannot be followed: %s", type(model).__name__, error)
+                    continue
+                return _remember(key, usage)
     finally:
         complaints.disabled = was_disabled
     return _remember(key, None)

@@ -11,6 +11,7 @@ from torch import nn
 from peft_s2a.activations import operators
 from peft_s2a.activations.config import ActivationQuantizationConfig
 from peft_s2a.activations.interception import OperatorMode
+from peft_s2a.activations.operators.einsum import split_equation
 from peft_s2a.activations.quantizer import Quantizer
 
 
@@ -45,6 +46,10 @@ def windows(x):
 
 def kernel(*shape):
     return nn.Parameter(torch.randn(*shape, dtype=torch.double, generator=torch.Generator().manual_seed(3)), False)
+
+
+def standardised(weight):
+    return F.batch_norm(weight.reshape(1, len(weight), -1), None, None, training=True).reshape_as(weight)
 
 
 OPERATORS = {
@@ -97,6 +102,11 @@ OPERATORS = {
     "attention inline": lambda x: (heads(x) @ heads(x).transpose(-2, -1)).softmax(-1) @ heads(x),
     "attention bmm": lambda x: torch.bmm(torch.bmm(x, x.mT).softmax(-1), x),
     "attention cosine": cosine_attention,
+    "attention einsum": lambda x: torch.einsum(
+        "bhlt,bhtd->bhld", torch.einsum("bhld, bhtd -> bhlt", heads(x), heads(x) + 1).softmax(-1), heads(x)
+    ),
+    "einsum of a list": lambda x: 0.1 * torch.einsum("bnc,bmc->bmn", [x, x * 2]),
+    "einsum over samples": lambda x: 0.1 * torch.einsum("bnc,bnd->cd", x, x + 1),
     "gate": lambda x: F.silu(x) * (x + 1),
     "gate broadcast": lambda x: torch.mul(x, x.mean(1, keepdim=True).sigmoid()),
     "norms": lambda x: x * torch.linalg.vector_norm(x, ord=2, dim=(1, 2), keepdim=True),
@@ -112,6 +122,7 @@ OPERATORS = {
     "frozen conv_transpose2d": lambda x: F.conv_transpose2d(
         windows(x), kernel(1, 3, 3, 3), stride=2, padding=1, output_padding=1, dilation=2
     ),
+    "standardised conv2d": lambda x: F.conv2d(windows(x), standardised(kernel(4, 1, 3, 2)), padding=1),
     "Conv2d module": nn.Sequential(
         nn.Unflatten(1, (4, TOKENS // 4)),
         nn.Conv2d(4, 2, 3, 2, 1).double().requires_grad_(False),
@@ -303,6 +314,38 @@ class TestProducts:
     def test_multiply(self, a, b):
         (leaf_a, a), (leaf_b, b) = inputs(*a, seed=1), inputs(*b, seed=2)
         self.check(torch.mul, operators.multiply, a, b, (leaf_a, leaf_b))
+
+    @pytest.mark.parametrize(
+        ("equation", "a", "b"),
+        [
+            ("ij,jk->ik", (5, 4), (4, 3)), ("bhlk,bhtk->bhlt", (2, 3, 5, 4), (2, 3, 6, 4)), ("bij,jk->kib", (2, 5, 4), (4, 3)),
+            ("bhlt,bhtv->lbhv", (2, 3, 5, 4), (2, 3, 4, 6)), ("i,j->ij", (5,), (4,)), ("bnc,bmc->nm", (2, 5, 4), (2, 6, 4)),
+        ],
+    )  # fmt: skip
+    def test_einsum(self, equation, a, b):
+        (leaf_a, a), (leaf_b, b) = inputs(*a, seed=1), inputs(*b, seed=2)
+        terms = split_equation(equation, a, b)
+
+        def ours(a, b, quantizer):
+            return operators.einsum(terms, a, b, quantizer=quantizer)
+
+        self.check(lambda a, b: torch.einsum(equation, a, b), ours, a, b, (leaf_a, leaf_b))
+
+    @pytest.mark.parametrize(
+        ("equation", "a", "b"),
+        [
+            ("ij,jk", (5, 4), (4, 3)), ("...ij,jk->...ik", (2, 5, 4), (4, 3)), ("ii,ij->j", (4, 4), (4, 3)),
+            ("ij,k->k", (5, 4), (3,)), ("ij,ij->ij", (5, 1), (5, 4)), ("ij,ij->", (5, 4), (5, 4)),
+        ],
+    )  # fmt: skip
+    def test_other_forms_of_einsum_are_stock(self, equation, a, b):
+        (leaf_a, a), (leaf_b, b) = inputs(*a, seed=1), inputs(*b, seed=2)
+        assert split_equation(equation, a, b) is None
+        with mode(bits=1):
+            y = torch.einsum(equation, a, b)
+        exact = torch.autograd.grad(torch.einsum(equation, a, b).sum(), (leaf_a, leaf_b), retain_graph=True)
+        for one, other in zip(torch.autograd.grad(y.sum(), (leaf_a, leaf_b)), exact):
+            torch.testing.assert_close(one, other)
 
     def check(self, stock, ours, a, b, leaves):
         expected, actual = stock(a, b), ours(a, b, quantizer=self.QUANTIZER)

@@ -14,7 +14,7 @@ from placement_checks import check
 from torch import nn
 
 from peft_s2a import S2ABiasConfig, S2AConfig, S2ASideConfig
-from peft_s2a.anatomy import find_task_heads, observe
+from peft_s2a.anatomy import find_task_heads, observe, usage
 
 
 # What the defaults once got wrong, in structures, heads or reloading.
@@ -188,3 +188,17 @@ def test_the_offset_of_a_norm_on_images_lies_on_the_channels(size):
     offset = torch.arange(8.0)
     model.base_model.model[1].s2a_bias["default"].data.copy_(offset)
     torch.testing.assert_close(model(x), expected + offset[:, None, None])
+
+
+@pytest.mark.parametrize(
+    "name", ["poolformer classification", pytest.param("cvt classification", marks=pytest.mark.slow)]
+)
+def test_what_is_checked_does_not_depend_on_the_default_device(name):
+    """Models that are planned are made, and adapted, on the meta device."""
+    found = []
+    for device in ("cpu", "meta"):
+        usage._known.clear()
+        model = zoo.build(name).to(device)
+        with torch.device(device):
+            found.append(get_peft_model(model, S2AConfig()).peft_config["default"].structure_targets)
+    assert found[0] == found[1]

@@ -16,6 +16,7 @@ from .batch_norm import batch_norm
 from .common import is_activation
 from .convolution import conv2d, frozen_convolution
 from .dropout import drop_path, dropout
+from .einsum import einsum
 from .gated_activation import gated_activation
 from .group_norm import group_norm
 from .linear import frozen_linear, linear
@@ -32,7 +33,7 @@ from .vector_norm import vector_norm
 
 __all__ = [
     "HANDLERS", "activation", "adaptive_avg_pool2d", "add_low_rank", "add_prompt_attention", "avg_pool2d", "batch_norm",
-    "conv2d", "drop_path", "dropout", "frozen_convolution", "frozen_linear", "gated_activation", "group_norm", "is_activation",
+    "conv2d", "drop_path", "dropout", "einsum", "frozen_convolution", "frozen_linear", "gated_activation", "group_norm", "is_activation",
     "layer_norm", "linear", "matmul", "max_pool2d", "multiply", "normalize", "quantized_add_low_rank",
     "quantized_add_prompt_attention", "rms_norm", "rms_normalized", "scaled_dot_product_attention", "self_gated", "softmax",
     "vector_norm",

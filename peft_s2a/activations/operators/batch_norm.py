@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import masks
 from ..codec import math_dtype
 from ..quantizer import Quantizer
 from .common import not_channels, per_channel, recording, refuse_double_backward
@@ -82,6 +83,11 @@ def batch_norm(
 def _batch_norm(
     mode, input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5
 ):
+    if running_mean is running_var is None and not recording(input, weight, bias):
+        # of weights, which are standardised so: convolutions keep what they were made of
+        if torch.compiler.is_compiling():
+            return NotImplemented
+        return masks.call(F.batch_norm, (input, None, None, weight, bias, training, momentum, eps), {})
     return batch_norm(
         input, running_mean, running_var, weight, bias, training, momentum, eps, quantizer=mode.quantizer("norm")
     )

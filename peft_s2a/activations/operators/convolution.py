@@ -5,9 +5,10 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import notes
+from ..masks import Recipe
 from ..quantizer import Quantizer
 from .common import autocast_dtype, cast, decode_rows, encode_rows, pair, recording, refuse_double_backward
 from .registry import handles
@@ -61,8 +62,11 @@ def conv2d(
 
 class _FrozenConvolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, input, weight, bias, dtype, stride, padding, dilation, transposed, output_padding, groups):
-        ctx.save_for_backward(weight)
+    def forward(
+        ctx, input, weight, recipe, bias, dtype, stride, padding, dilation, transposed, output_padding, groups
+    ):
+        ctx.recipe = recipe
+        ctx.save_for_backward(*([weight] if recipe is None else recipe.take_sources()))
         ctx.size, ctx.dtype = input.shape[2:], dtype
         (weight,) = cast(dtype, weight)
         ctx.settings = stride, padding, dilation, transposed, groups
@@ -71,7 +75,8 @@ class _FrozenConvolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         refuse_double_backward()
-        (weight,) = cast(ctx.dtype, *ctx.saved_tensors)
+        saved = ctx.saved_tensors
+        (weight,) = cast(ctx.dtype, saved[0] if ctx.recipe is None else ctx.recipe.make(saved))
         stride, padding, dilation, transposed, groups = ctx.settings
         d_input = d_bias = None
         if ctx.needs_input_grad[0]:
@@ -87,9 +92,9 @@ class _FrozenConvolution(torch.autograd.Function):
             d_input = torch.convolution(
                 grad, weight, None, stride, padding, dilation, not transposed, left_over, groups
             )
-        if ctx.needs_input_grad[2]:
+        if ctx.needs_input_grad[3]:
             d_bias = grad.sum([d for d in range(grad.dim()) if d != 1])
-        return d_input, None, d_bias, None, None, None, None, None, None, None
+        return d_input, None, None, d_bias, None, None, None, None, None, None, None
 
 
 def frozen_convolution(
@@ -103,7 +108,8 @@ def frozen_convolution(
     output_padding: int | Sequence[int],
     groups: int,
 ) -> Tensor:
-    """`torch.convolution` with a weight that needs no gradient; keeps nothing but a reference to the weight.
+    """`torch.convolution` with a weight that needs no gradient; keeps nothing but a reference to the weight, or to the
+    parameters it was made of (`masks`).
 
     dX is the transposed convolution of dY with the weight, db the sum of dY.
 
@@ -121,7 +127,8 @@ def frozen_convolution(
     input, bias = cast(dtype, input, bias)
     if not recording(input, bias):
         return torch.convolution(input, *cast(dtype, weight), bias, *settings)
-    return _FrozenConvolution.apply(input, weight, bias, dtype, *settings)
+    is_made = not isinstance(weight, nn.Parameter) and not torch.compiler.is_compiling()
+    return _FrozenConvolution.apply(input, weight, Recipe(weight) if is_made else None, bias, dtype, *settings)
 
 
 @handles(F.conv1d, F.conv2d, F.conv3d)
