@@ -31,6 +31,7 @@ from peft_s2a.memory.trace import StepTrace
 
 ROOT = Path(__file__).parent.parent
 RESULT = RESULTS / "models.json"
+SIZES = RESULTS / "default_sizes.json"
 PAGE = ROOT / "docs" / "models.md"
 INTRODUCTION = """# Models and tasks
 
@@ -121,9 +122,36 @@ def render(rows: list[dict[str, Any]], unrecorded: list[str]) -> str:
             heads = ", ".join(f"`{head}`" for head in row["heads"][:3]) + (", ..." if len(row["heads"]) > 3 else "")
             name = row["model"].removeprefix("timm ").removesuffix(f" {task}")
             text += f"| {name} | {counts} | {heads or '-'} | {share} |\n"
+    if SIZES.exists():
+        text += render_sizes(json.loads(SIZES.read_text()))
     if failed:
         text += "\n## What fails\n\n| model | what |\n|---|---|\n"
         text += "".join(f"| {row['model']} | {row['failed'].replace('|', '/')} |\n" for row in failed)
+    return text
+
+
+def render_sizes(result: dict[str, Any]) -> str:
+    """The section on classifiers at their default sizes, from the result of `benchmarks/default_sizes.py`."""
+    rows = sorted((row for row in result["rows"] if "failed" not in row), key=lambda row: -row["s2a"] / row["full"])
+    failed = {row["model"]: row["failed"] for row in result["rows"] if "failed" in row}
+    text = f"""
+## Image classifiers at their default sizes
+
+What a training step keeps for the backward pass, in MiB for each image, in batches of {result["batch_size"]}, float32: estimated from
+shapes (`benchmarks/default_sizes.py`), for {len(rows)} of transformers' image classifiers, the largest share first.
+
+| model | full fine-tuning | S2A | S2A / full | in full precision |
+|---|---|---|---|---|
+"""
+    for row in rows:
+        share = row["full_precision"] / row["s2a"]
+        sizes = f"{row['full'] / 2**20:.1f} | {row['s2a'] / 2**20:.1f} | {row['s2a'] / row['full']:.1%} | {share:.0%}"
+        text += f"| {row['model']} | {sizes} |\n"
+    if failed:
+        text += "\nWithout a figure:\n\n"
+        text += "".join(f"* {name}: {reason.replace('|', '/')}\n" for name, reason in failed.items())
+    if missing := [name for name in result["known"] if name not in {row["model"] for row in result["rows"]}]:
+        text += f"\nNot yet measured: {', '.join(missing)}.\n"
     return text
 
 

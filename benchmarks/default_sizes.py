@@ -1,0 +1,92 @@
+"""What S2A keeps for the backward pass beside full fine-tuning, on transformers' image classifiers at their default sizes.
+
+    python benchmarks/default_sizes.py               # all of them: about half an hour on one core
+    python benchmarks/default_sizes.py vit resnet    # some of them, the rest as recorded
+
+Nothing is computed: the steps run on fake tensors (`peft_s2a.estimate_memory`), whose bytes are those of real ones.
+Writes `benchmarks/results/default_sizes.json`, which `benchmarks/models.py --render` puts into `docs/models.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import logging
+import time
+import warnings
+from typing import Any
+
+from environment import RESULTS, describe_environment, write_result
+from tqdm.auto import tqdm
+
+
+RESULT = RESULTS / "default_sizes.json"
+BATCH_SIZE = 4
+
+
+def classifiers() -> list[str]:
+    """The model types of all image classifiers of transformers."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+
+    return sorted(MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES)
+
+
+def measure(name: str) -> dict[str, Any]:
+    """Bytes kept for each image by full fine-tuning and by S2A, and what S2A keeps most of; or why that is unknown."""
+    import torch
+
+    from peft_s2a import ActivationQuantizationConfig, S2AConfig, estimate_memory
+    from peft_s2a.memory.estimate import image_batch
+    from peft_s2a.memory.models import find_model
+
+    start = time.perf_counter()
+    row: dict[str, Any] = {"model": name}
+    try:
+        for method in ("full", "s2a"):
+            model = find_model(name).build()
+            if method == "s2a":
+                from peft import get_peft_model
+
+                # tiles change nothing in what is kept, and take time to record
+                quantisation = ActivationQuantizationConfig(mlp_tiles=1)
+                with torch.device("meta"):
+                    model = get_peft_model(model, S2AConfig(activation_quantization=quantisation))
+            batch = image_batch(model, BATCH_SIZE)
+            if name == "imagegpt":  # reads its images as rows of colours, each a token
+                del batch["pixel_values"]
+                batch["input_ids"] = torch.empty(
+                    BATCH_SIZE, model.config.n_positions, dtype=torch.int64, device="meta"
+                )
+            report = estimate_memory(model, batch, optimizer=None)
+            row[method] = report.saved_bytes // BATCH_SIZE
+        row["full_precision"] = report.kept.full_precision // BATCH_SIZE
+        largest = sorted(report.by_operator.items(), key=lambda item: -item[1].total)[:8]
+        row["by_operator"] = {operator: vars(size) for operator, size in largest}
+        row["unplanned"] = sorted(set(report.unplanned.values()))
+    except Exception as error:
+        row = {"model": name, "failed": f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"}
+    row["seconds"] = round(time.perf_counter() - start, 1)
+    gc.collect()
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", metavar="MODEL", help="model types of transformers; none: all")
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    known = classifiers()
+    if unknown := set(args.models) - set(known):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(known)}")
+    rows = {row["model"]: row for row in json.loads(RESULT.read_text())["rows"]} if RESULT.exists() else {}
+    for name in tqdm(args.models or known):
+        rows[name] = measure(name)
+        ordered = [rows[one] for one in known if one in rows]
+        result = {"environment": describe_environment(), "batch_size": BATCH_SIZE, "known": known, "rows": ordered}
+        write_result(RESULT, result)
+
+
+if __name__ == "__main__":
+    main()
