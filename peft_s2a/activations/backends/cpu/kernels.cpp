@@ -59,7 +59,7 @@ Tensor empty(const vector<int64_t> &sizes, ScalarType dtype) {
 
 Tensor zeros(const vector<int64_t> &sizes) {
     Tensor x = empty(sizes, ScalarType::Float);
-    memset(x.data_ptr(), 0, x.numel() * sizeof(float));
+    if (x.numel()) memset(x.data_ptr(), 0, x.numel() * sizeof(float)); /* an empty tensor has no memory */
     return x;
 }
 
