@@ -21,11 +21,11 @@ from torch._C import _AutoDispatchBelowAutograd as BelowAutograd
 from torch._C import _current_autograd_node as current_autograd_node
 from torch._C import _current_graph_task_id as current_graph_task_id
 from torch._C import _dispatch_has_kernel_for_dispatch_key as has_kernel
-from torch._C import _EnableTorchFunction as EnableTorchFunction
 from torch._C import _ExcludeDispatchKeyGuard as WithoutKeys
 from torch._C import _len_torch_dispatch_stack as count_dispatch_modes
 from torch._C import _nn as nn_bindings
 from torch._ops import OpOverload
+from torch._subclasses.fake_impls import fast_detach
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -36,8 +36,6 @@ from torch._subclasses.fake_tensor import (
 from torch.autograd import _get_sequence_nr as sequence_number
 from torch.autograd import forward_ad
 from torch.fx import traceback as fx_traceback
-from torch.fx._lazy_graph_module import _use_lazy_graph_module as lazy_graph_modules
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.nn.modules import module as torch_module
 from torch.overrides import _get_current_function_mode as current_function_mode
 from torch.overrides import _get_current_function_mode_stack as function_modes
@@ -46,7 +44,7 @@ from torch.overrides import _len_torch_function_stack as count_function_modes
 from torch.overrides import _pop_mode as pop_function_mode
 from torch.overrides import _push_mode as push_function_mode
 from torch.utils import checkpoint
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, autograd_would_have_decomposed
 from torch.utils._python_dispatch import _disable_current_modes as no_dispatch_modes
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as dispatch_modes
 from torch.utils._pytree import (
@@ -70,7 +68,6 @@ __all__ = [
     "DataDependentOutputException",
     "DisableTorchFunction",
     "DynamicOutputShapeException",
-    "EnableTorchFunction",
     "ExcludedModule",
     "FakeTensor",
     "FakeTensorMode",
@@ -84,17 +81,15 @@ __all__ = [
     "current_autograd_node",
     "current_function_mode",
     "current_graph_task_id",
+    "decomposed",
     "dispatch_modes",
     "fresh_node_metadata",
     "function_modes",
-    "get_proxy_mode",
     "has_global_module_hooks",
     "has_kernel",
     "is_capturing_outputs",
     "is_fake",
     "is_function_mode_enabled",
-    "lazy_graph_modules",
-    "make_fx",
     "nn_bindings",
     "no_dispatch_modes",
     "outer_saved_tensors_hooks",
@@ -106,12 +101,15 @@ __all__ = [
     "replace_loading",
     "replace_recomputed",
     "sequence_number",
+    "snapshot",
     "transform_in_force",
     "tree_flatten",
     "tree_leaves",
     "tree_map",
     "tree_map_only",
     "tree_unflatten",
+    "without_autocast_cache",
+    "without_function_modes",
 ]
 
 try:
@@ -214,6 +212,49 @@ def fresh_node_metadata() -> Iterator[None]:
         yield
     finally:
         fx_traceback.current_meta = outer
+
+
+@contextmanager
+def without_autocast_cache() -> Iterator[None]:
+    """Meanwhile autocast casts a parameter every time that it is used, and hands out no result of before."""
+    outer = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(outer)
+
+
+@contextmanager
+def without_function_modes() -> Iterator[None]:
+    """Meanwhile no function mode is in force but those entered inside. One in force would be called whenever torch, in its
+    own Python code, reads an attribute of a tensor."""
+    outer = [pop_function_mode() for _ in range(count_function_modes())]
+    try:
+        yield
+    finally:
+        for mode in reversed(outer):
+            push_function_mode(mode)
+
+
+def snapshot(x: torch.Tensor) -> torch.Tensor:
+    """A tensor's metadata as they are now, on its memory. For fake tensors, a short cut to ``x.detach()``."""
+    return fast_detach(x.fake_mode, x) if isinstance(x, FakeTensor) else x.detach()
+
+
+def decomposed(func: OpOverload, tensors: list, mode: TorchDispatchMode, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """``func(*args, **kwargs)`` under ``mode``, by the operators that autograd makes of ``func`` and that it has not been
+    asked for here, as in inference mode; NotImplemented for all others. ``tensors`` are those among the arguments."""
+    if not _is_composite(func) or not autograd_would_have_decomposed(func, tensors):
+        return NotImplemented
+    with mode:
+        return func.decompose(*args, **kwargs)
+
+
+@functools.cache
+def _is_composite(func: OpOverload) -> bool:
+    key = torch._C.DispatchKey.CompositeImplicitAutograd
+    return key in func.py_kernels or func.has_kernel_for_dispatch_key(key)
 
 
 # What autograd, autocast and the like make of a call is in its recording already, and need not be done again.

@@ -179,7 +179,7 @@ class Planner:
                     if result is not _DISCARDED:
                         self._observed = next(_observations)
                         return result
-            with DisableTorchFunction():
+            with compat.without_function_modes():
                 if entry.plan is None:
                     self._make(entry, whole, args, kwargs, leaves)
                 if isinstance(entry.plan, str):

@@ -1,6 +1,6 @@
 """Recording what one call of a module computes, forward and backward, as a graph of aten and ``s2a`` operators.
 
-The call runs once on fake tensors (shapes and no values) under `make_fx`, with `torch.autograd.grad` behind it. The two
+The call runs once on fake tensors (shapes and no values) under a `Recorder`, with `torch.autograd.grad` behind it. The two
 halves are split where the forward pass ended, so what they hand over is what autograd would have kept.
 """
 
@@ -17,19 +17,16 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ... import compat
 from ...compat import (
-    EnableTorchFunction,
     FakeTensor,
     FakeTensorMode,
     current_autograd_node,
-    get_proxy_mode,
-    make_fx,
     no_dispatch_modes,
     tree_flatten,
     tree_unflatten,
 )
+from .recorder import Recorder, Untraceable, aten
 
 
-aten = torch.ops.aten
 TENSOR = object()  # stands for a tensor in the flattened result of a call
 
 
@@ -39,10 +36,6 @@ _state = threading.local()
 def is_recording() -> bool:
     """Whether the calling thread is recording a call."""
     return getattr(_state, "recording", False)
-
-
-class Untraceable(Exception):
-    """Why a call cannot be recorded, in words that go after "because"."""
 
 
 @dataclass
@@ -110,33 +103,30 @@ def trace(
     with no_dispatch_modes(), mode:
         fakes = [_like(leaves[i], shapes[i]) for i in positions]
     trained = [i for i, t in enumerate(tensors) if t.requires_grad]
-    record: dict[str, Any] = {}
+    recorder = Recorder(fakes)
+    record: dict[str, Any] = {"recorder": recorder}
 
-    def joint(*arguments: Tensor) -> list[Tensor | None]:
+    def joint() -> list[Tensor | None]:
         entered = list(leaves)
-        for i, x in zip(positions, arguments):
+        for i, x in zip(positions, fakes):
             # operators tell parameters from activations by whether they are leaves
             entered[i] = x.view_as(x) if x.requires_grad and not leaves[i].is_leaf else x
         args, kwargs = tree_unflatten(entered, spec)
-        with EnableTorchFunction():
-            results, record["spec"] = tree_flatten(function(*args, **kwargs))
+        results, record["spec"] = tree_flatten(function(*args, **kwargs))
         after, _ = tree_flatten((args, kwargs))
         if len(after) != len(entered) or any(one is not other for one, other in zip(after, entered)):
             raise Untraceable("it changes a list or dict among its arguments")
         record["outputs"] = [TENSOR if isinstance(r, Tensor) else r for r in results]
         results = [r for r in results if isinstance(r, Tensor)]
-        record["tracer"] = get_proxy_mode().tracer
-        nodes = record["tracer"].graph.nodes
-        _mark(nodes, "forward")
         record["differentiable"] = [i for i, r in enumerate(results) if r.requires_grad]
         through = [results[i] for i in record["differentiable"]]
-        tangents = [torch.empty_like(r) for r in through]
-        _mark(nodes, "tangent")
-        inputs = [x for x in arguments if x.requires_grad] + [tensors[i] for i in trained]
+        inputs = [x for x in fakes if x.requires_grad] + [tensors[i] for i in trained]
         grads = [None] * len(inputs)
+        recorder.phase = "tangent"
+        tangents = [torch.empty_like(r) for r in through]
+        recorder.phase = "backward"
         if through and inputs:
             grads = torch.autograd.grad(through, inputs, tangents, allow_unused=True)
-        _mark(nodes, "backward")
         return [*results, *grads]
 
     # small constants are computed with while they are recorded: counters of batches would count this run
@@ -151,10 +141,11 @@ def trace(
             mode,
             torch.enable_grad(),
             compat.fresh_node_metadata(),
-            compat.lazy_graph_modules(True),  # nobody runs the module, whose source takes as long as its graph
-            saved_tensors_hooks(without_graph, partial(_note, record)),
+            compat.without_autocast_cache(),
+            recorder,
+            saved_tensors_hooks(without_graph, partial(_note, recorder)),
         ):
-            module = make_fx(joint, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes)
+            values = recorder.nodes_of(joint())
     except Untraceable:
         raise
     except Exception as error:
@@ -167,12 +158,11 @@ def trace(
         for counter, version, before in counters:
             if counter._version != version:
                 counter.copy_(before)
-    alive = [t for t in record["tracer"].tensor_tracker if not any(t is f for f in fakes)]
-    if alive:
+    if recorder.alive():
         raise Untraceable("it keeps a tensor beyond the call")
     wanted = [i for i, x in enumerate(fakes) if x.requires_grad]
     record["mode"], record["has_values"] = mode, fake_mode_of([*leaves, *tensors]) is None
-    return _joint_graph(module, record, positions, wanted, trained, index_of)
+    return _joint_graph(values, record, positions, wanted, trained, index_of)
 
 
 def without_graph(x: Tensor) -> Tensor:
@@ -180,11 +170,11 @@ def without_graph(x: Tensor) -> Tensor:
     return x if x.grad_fn is None else x.detach()
 
 
-def _note(record: dict[str, Any], x: Tensor) -> Tensor:
+def _note(recorder: Recorder, x: Tensor) -> Tensor:
     """Write down for which node of the autograd graph a tensor was kept."""
-    tracked, node = record["tracer"].tensor_tracker.get(x), current_autograd_node()
+    tracked, node = recorder.node_of.get(x), current_autograd_node()
     if tracked is not None and node is not None:
-        tracked.proxy.node.meta["kept_by"] = (*operator_name(node), node._sequence_nr())
+        tracked.meta["kept_by"] = (*operator_name(node), node._sequence_nr())
     return x
 
 
@@ -222,33 +212,26 @@ def _strides_like(x: Tensor, shape: Sequence[int]) -> list[int]:
     return strides
 
 
-def _mark(nodes: Any, phase: str) -> None:
-    for node in reversed(nodes):
-        if "phase" in node.meta:
-            return
-        node.meta["phase"] = phase
-
-
 def _joint_graph(
-    module: fx.GraphModule,
+    values: list[fx.Node | None],
     record: dict[str, Any],
     positions: list[int],
     wanted_arguments: list[int],
     trained: list[int],
     index_of: dict[int, int],
 ) -> Joint:
-    graph = module.graph
+    graph = record["recorder"].graph
     arguments = [node for node in graph.nodes if node.op == "placeholder"]
     slot_nodes: dict[int, fx.Node] = {}
     tangents, foreign = [], []
     for node in list(graph.nodes):
         if node.op == "get_attr":
-            tensor = getattr(module, node.target)
+            tensor = node.meta["constant"]
             index = index_of.get(id(tensor))
             if index is None:
                 if isinstance(tensor, torch.nn.Parameter) or tensor.requires_grad:
                     raise Untraceable("it reads a parameter that is neither an argument nor its own")
-                node.meta["constant"], node.meta["val"] = tensor, _fake_of(tensor, record["mode"])
+                node.meta["val"] = _fake_of(tensor, record["mode"])
                 # a number that its code wrote down, or else a tensor of somebody's, such as a table that a library caches
                 node.meta["literal"] = all(user.target in _FRESH for user in node.users)
                 if not node.meta["literal"]:
@@ -268,8 +251,6 @@ def _joint_graph(
         tangents[number].meta = dict(node.meta)
         node.replace_all_uses_with(tangents[number])
         graph.erase_node(node)
-    output = graph.output_node()
-    values = list(output.args[0])
     count = sum(leaf is TENSOR for leaf in record["outputs"])
     slots = sorted(slot_nodes)
     grads_arguments = values[count : count + len(wanted_arguments)]
@@ -279,7 +260,7 @@ def _joint_graph(
         if slot in grads_trained:
             wanted.append(len(positions) + order)
             grads.append(grads_trained[slot])
-    output.args = (tuple(values[:count]), tuple(grads))
+    graph.create_node("output", "output", (tuple(values[:count]), tuple(grads)))
     return Joint(
         graph=graph,
         arguments=positions,
