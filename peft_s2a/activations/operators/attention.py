@@ -201,7 +201,5 @@ _multi_head_attention_forward = _open(F.multi_head_attention_forward)
 
 @handles(F.multi_head_attention_forward)
 def _multi_head_attention(mode, *args, **kwargs):
-    if torch.compiler.is_compiling():
-        return NotImplemented
     with mode:
         return _multi_head_attention_forward(*args, **kwargs)
