@@ -77,7 +77,8 @@ class OperatorMode(TorchFunctionMode):
         if torch.compiler.is_compiling():
             if func in _ARRAY_OPERATORS and any(isinstance(arg, np.ndarray) for arg in args):
                 return _ARRAY_OPERATORS[func](*args)
-            if func is Tensor.unflatten:  # which torch has written in Python, with a call of super() that it cannot compile
+            # this one torch has written in Python, with a call of super() that it cannot compile
+            if func is Tensor.unflatten:
                 func = torch.unflatten
             return func(*args, **(kwargs or {}))
         if func in masks.FUNCTIONS and torch.is_grad_enabled():
