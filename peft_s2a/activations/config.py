@@ -25,8 +25,8 @@ class ActivationQuantizationConfig:
             "gated_activation", "norm", "softmax", "attention", "linear"), module name or "default" to a width. A
             module name, or the end of one ("mlp.activation"), is for all operators in that module and the modules
             inside. It goes before a kind, a longer name before a shorter one; "name:kind" is for the operators of one
-            kind and goes before the name alone. What is not named gets "default", else 4. Piecewise-linear activation functions, max pooling and dropout are exact and
-            ignore it.
+            kind and goes before the name alone. What is not named gets "default", else 4. Piecewise-linear activation
+            functions, max pooling and dropout are exact and ignore it.
         group_size: neighbouring values that share bounds, which take two bytes and a quarter. None: 32, and 16 for
             attention with heads of more than 32 channels, whose gradients suffer most from coarse groups.
         rounding: "nearest", or "stochastic": unbiased, seeded by torch's default CPU generator.

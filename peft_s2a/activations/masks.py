@@ -27,7 +27,8 @@ _ENLARGING = {
 # Functions of constants: their results are constants. All are deterministic and none writes to its arguments.
 FUNCTIONS = _ENLARGING | {
     torch.arange, torch.zeros, torch.ones, torch.full, torch.cat, torch.stack, torch.where, torch.meshgrid,
-    Tensor.view, Tensor.view_as, Tensor.reshape, Tensor.reshape_as, torch.reshape, Tensor.permute, torch.permute, Tensor.transpose, torch.transpose,
+    Tensor.view, Tensor.view_as, Tensor.reshape, Tensor.reshape_as, torch.reshape,
+    Tensor.permute, torch.permute, Tensor.transpose, torch.transpose,
     Tensor.contiguous, Tensor.unsqueeze, torch.unsqueeze, Tensor.squeeze, Tensor.flatten, torch.flatten,
     Tensor.to, Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.long, Tensor.int, Tensor.bool, Tensor.type_as,
     torch.sub, Tensor.sub, Tensor.__sub__, Tensor.__rsub__, torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__,

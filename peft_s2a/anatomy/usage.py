@@ -89,9 +89,8 @@ def observe(model: nn.Module) -> Usage | None:
     complaints = logging.getLogger("torch._subclasses.fake_tensor")  # of inputs that do not fit
     was_disabled, complaints.disabled = complaints.disabled, True
     try:
-        with torch.device(
-            "cpu"
-        ):  # whatever the default is: inputs, and what a model makes on its way, go with the fakes
+        # whatever the default is: inputs, and what a model makes on its way, go with the fakes
+        with torch.device("cpu"):
             for inputs, is_complete in example_inputs(model):
                 usage = Usage(is_complete=is_complete)
                 try:
