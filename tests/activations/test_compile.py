@@ -34,7 +34,7 @@ METHODS = {
 }
 # Every method on one family, and families of other kinds; the rest of the table is slow.
 QUICK = {(method, "vit") for method in METHODS}
-QUICK |= {("s2a", "resnet"), ("bias", "swinv2"), ("side", "dinov3")}
+QUICK |= {("s2a", "resnet"), ("side", "dinov3")}
 
 
 def marks(method, family):

@@ -27,6 +27,7 @@ def wheel():
     return found
 
 
+@pytest.mark.slow
 def test_it_is_trained_and_measured(monkeypatch, tmp_path):
     random_weights = efficientnet.build
     monkeypatch.setattr("accuracy.efficientnet", lambda wheel, num_labels: random_weights(None, num_labels))

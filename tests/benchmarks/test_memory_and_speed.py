@@ -317,7 +317,7 @@ def test_skipped_methods_and_single_points_have_no_figures():
 def test_budgets_are_measured_on_models_and_resumed(monkeypatch, tmp_path, capsys):
     methods = ("LoRA", "LoRA, micro-batch 1", "S2A")
     cases = tuple(Case("vit-b", methods, size, 64, axis="images") for size in (1, 4))
-    preset = memory_and_speed.Preset(cases, 1, budgets=(10**5, 2 * 10**6, 10**12), longest_step=1)
+    preset = memory_and_speed.Preset(cases, 1, budgets=(10**5, 2 * 10**6, 10**12), longest_step=60)
     monkeypatch.setitem(PRESETS, "small", preset)
     arguments = ("--preset", "small", "--device", "cpu", "--out", tmp_path / "out.json", "--resume")
     run(monkeypatch, *arguments)

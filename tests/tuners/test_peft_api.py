@@ -569,22 +569,6 @@ class TestCopiesAndCompilation:
         for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             assert torch.equal(logits(twin), expected)
 
-    @every_method
-    def test_torch_compile_in_one_graph(self, method):
-        model = get_peft_model(base_model(), make_config(method, random_start=True))
-        expected = logits(model)
-        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-        torch.testing.assert_close(logits(compiled), expected)
-        images, labels = families.batch("vit")
-        nn.functional.cross_entropy(compiled(pixel_values=images).logits, labels).backward()
-        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-        model.zero_grad()
-        nn.functional.cross_entropy(model(pixel_values=images).logits, labels).backward()
-        for name, parameter in model.named_parameters():
-            if parameter.grad is not None:
-                torch.testing.assert_close(gradients[name], parameter.grad)
-        torch._dynamo.reset()
-
     @pytest.mark.parametrize("use_reentrant", [False, True])
     @every_method
     def test_gradient_checkpointing_gives_the_same_gradients(self, method, use_reentrant):
