@@ -68,7 +68,7 @@ from peft_s2a.anatomy import find_task_heads
 from peft_s2a.memory.methods import METHODS as PLANNED
 from peft_s2a.memory.methods import checkpointed, lora, lora_targets
 from peft_s2a.memory.models import find_model
-from peft_s2a.memory.profile import ProfilerMeter
+from peft_s2a.memory.profile import allocator_peak
 
 
 MiB = 2**20
@@ -471,18 +471,6 @@ def prepare_compiled(
         "first_loss": first_loss,
         "first_step_seconds": first_seconds,
     }
-
-
-def allocator_peak(step: Callable[[], torch.Tensor], device: torch.device) -> int:
-    """Highest live bytes during a step, above what was live before it."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        step()
-        return torch.cuda.max_memory_allocated(device) - before
-    with ProfilerMeter() as meter:
-        step()
-    return meter.peak()
 
 
 def duration(step: Callable[[], torch.Tensor]) -> float:

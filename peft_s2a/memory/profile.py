@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -63,7 +63,7 @@ def profile_memory(
         step = TrainingStep(model, batch, optimizer, loss_fn, autocast, device)
         step()
         seconds = _duration(step, device)
-        peak = _allocator_peak(step, device)
+        peak = allocator_peak(step, device)
         meter = step_meter(device)
         trace = StepTrace(model, batch, step.optimizer, meter)
         with meter, trace:
@@ -161,7 +161,7 @@ def _duration(step: TrainingStep, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def _allocator_peak(step: TrainingStep, device: torch.device) -> int:
+def allocator_peak(step: Callable[[], Any], device: torch.device) -> int:
     """Highest live bytes during one step, above what was live before it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
