@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 WEIGHTS = outputs/dinov2
 INSTALLED = $(VENV)/.installed
 
-.PHONY: coverage demo docs test test-slow benchmark benchmark-gpu quality style clean
+.PHONY: coverage demo docs sanitize test test-slow benchmark benchmark-gpu quality style clean
 
 $(INSTALLED): pyproject.toml constraints/pinned.txt
 	$(PYTHON) -m venv $(VENV)
@@ -31,6 +31,9 @@ coverage: $(INSTALLED)  ## The same with coverage, which takes half as long agai
 
 test-slow: $(INSTALLED)  ## The long sweeps and soaks that `make test` leaves out, offline.
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests -m slow
+
+sanitize: $(INSTALLED)  ## The kernels' checks under address and undefined-behaviour sanitizers, for every instruction set here.
+	tests/activations/sanitize.sh $(BIN)/python -q
 
 benchmark: $(INSTALLED)  ## All benchmarks at a reduced setting, on the CPU: less than half an hour on two cores.
 	$(BIN)/python benchmarks/memory_and_speed.py --preset reduced --device cpu

@@ -144,7 +144,9 @@ def check_norms(
     if torch.equal(ours[3], theirs[3]):  # a column's statistic, one bfloat16 further, shifts all of its values
         assert_same_codes(ours[0], theirs[0])
         assert_same_codes(ours[1], theirs[1])
-    assert_close(ours[2], theirs[2])
+    # A sum of positive terms is off by the square root of their number, in roundings, whatever the order (Higham and Mary 2019);
+    # compilers choose it. Its root is off by half of that.
+    assert_close(ours[2], theirs[2], ulps=2 + count**0.5 / 4)
     assert_close(ours[3], theirs[3], ulps=1)
     _check_norm_gradients(backend, grad, theirs, weight, center, bits, group, list(wanted), ulps=16)
 
