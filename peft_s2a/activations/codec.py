@@ -9,7 +9,8 @@ Groups. `encode_groups` codes runs of ``group_size`` values of a row on even ste
 (as the min-max group quantisation of ActNN, Chen et al. 2021, section 4.1). Four groups share a unit, the smallest
 power of two that their largest magnitude holds at most 127 times (one byte, the exponent of a float32); minima and
 maxima are whole multiples of it (one signed byte each). That they come back nearly as they were matters more than how
-fine the steps are: on real weights, formats that moved them by half a step doubled the gradient's error.
+fine the steps are: on real weights, formats that moved them by half a step doubled the gradient's error. A group with a
+value that is not finite has -128 for both, and comes back as NaN; the others that share its unit do not notice.
 """
 
 import torch
@@ -98,7 +99,10 @@ def round_codes(values: Tensor, bits: int, seed: int | None) -> Tensor:
     return values.floor_().clamp_(0, 2**bits - 1).to(torch.uint8)
 
 
+FLOAT16_MAX = torch.finfo(torch.float16).max
 _UNIT_GROUPS = 4  # groups that share a unit
+_NOT_FINITE = -128  # the bounds of groups with a value that is not finite
+_LARGEST_EXPONENT = 248  # of units: 127 of them are 3.38e38
 
 
 def scales_width(count: int, group_size: int) -> int:
@@ -126,24 +130,30 @@ def encode_groups(x: Tensor, bits: int, group_size: int, seed: int | None = None
         x = torch.cat([x, x[:, -1:].expand(rows, padding)], dim=1)
     grouped = x.reshape(rows, groups, group_size)
     scales = _encode_bounds(grouped.amin(-1).float(), grouped.amax(-1).float())
-    offset, step = (part.to(x.dtype).unsqueeze(2) for part in _decode_bounds(scales, groups, bits))
-    units = (grouped - offset) * torch.where(step == 0, 0, 1 / step)
-    codes = round_codes(units.flatten(1)[:, :count], bits, seed)
+    low, step, unit = (part.to(x.dtype).unsqueeze(2) for part in _decode_bounds(scales, groups, bits))
+    # in units, where nothing overflows
+    steps = (grouped / torch.where(unit == 0, 1, unit) - low) * torch.where(step == 0, 0, 1 / step)
+    steps = torch.where(low.isnan(), 0, steps)
+    codes = round_codes(steps.flatten(1)[:, :count], bits, seed)
     return pack(codes, bits), scales
 
 
 def decode_groups(
     packed: Tensor, scales: Tensor, bits: int, group_size: int, count: int, dtype: torch.dtype
 ) -> Tensor:
-    """The values (``[R, count]``, ``dtype``) that `encode_groups` coded."""
+    """The values (``[R, count]``, ``dtype``) that `encode_groups` coded: NaN in groups with one that was not finite, and
+    finite elsewhere."""
     codes = unpack(packed, bits, count).to(math_dtype(dtype))
     scales_width(count, group_size)  # refuses sizes out of range
     group_size = min(group_size, max(count, 1))
-    offset, step = (
+    low, step, unit = (
         part.to(codes.dtype).repeat_interleave(group_size, dim=1)[:, :count]
         for part in _decode_bounds(scales, -(-count // group_size), bits)
     )
-    return codes.mul_(step).add_(offset).to(dtype)
+    values = codes.mul_(step).add_(low).mul_(unit)
+    if dtype == torch.float16:  # bounds are rounded, perhaps beyond its largest number
+        values.clamp_(-FLOAT16_MAX, FLOAT16_MAX)
+    return values.to(dtype)
 
 
 def step_sizes(scales: Tensor, bits: int, group_size: int, count: int) -> Tensor:
@@ -151,31 +161,35 @@ def step_sizes(scales: Tensor, bits: int, group_size: int, count: int) -> Tensor
     `encode_groups`'."""
     scales_width(count, group_size)  # refuses sizes out of range
     group_size = min(group_size, max(count, 1))
-    _, step = _decode_bounds(scales, -(-count // group_size), bits)
-    return step.repeat_interleave(group_size, dim=1)[:, :count]
+    _, step, unit = _decode_bounds(scales, -(-count // group_size), bits)
+    return (step * unit).repeat_interleave(group_size, dim=1)[:, :count]
 
 
 def _encode_bounds(low: Tensor, high: Tensor) -> Tensor:
     """The scales of groups between ``low`` and ``high`` (float32 ``[R, groups]``)."""
     rows, groups = low.shape
+    finite = low.isfinite() & high.isfinite()
+    low, high = (torch.where(finite, bound, 0) for bound in (low, high))
     largest = torch.maximum(low.abs(), high.abs())
     padding = -groups % _UNIT_GROUPS
     shared = F.pad(largest, (0, padding)).view(rows, (groups + padding) // _UNIT_GROUPS, _UNIT_GROUPS).amax(-1)
-    # the exponent, rounded up; infinity, which decodes to NaN, for what is not finite
-    exponents = (shared / 127).view(torch.int32).clamp_max(0x7F800000) + 0x7FFFFF >> 23
+    # the exponent, rounded up, but not so far that a bound overflows
+    exponents = ((shared / 127).view(torch.int32) + 0x7FFFFF >> 23).clamp_max(_LARGEST_EXPONENT)
     units = _units(exponents, groups)
+    units = torch.where(units == 0, 1, units)
     bounds = (
-        (bound / torch.where(units == 0, 1, units)).round().clamp_(-127, 127).to(torch.int8) for bound in (low, high)
+        torch.where(finite, (bound / units).round().clamp_(-127, 127), _NOT_FINITE).to(torch.int8)
+        for bound in (low, high)
     )
     return torch.cat([exponents.to(torch.uint8), *(bound.view(torch.uint8) for bound in bounds)], dim=1)
 
 
-def _decode_bounds(scales: Tensor, groups: int, bits: int) -> tuple[Tensor, Tensor]:
-    """Minimum and step of groups, float32 ``[R, groups]``."""
+def _decode_bounds(scales: Tensor, groups: int, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Minimum and step of groups in units, and the units, float32 ``[R, groups]``."""
     exponents, low, high = scales.split([scales.shape[1] - 2 * groups, groups, groups], dim=1)
-    units = _units(exponents, groups)
     low, high = (bound.contiguous().view(torch.int8).float() for bound in (low, high))
-    return low * units, (high - low) * units / (2**bits - 1)
+    step = (high - low) / (2**bits - 1)
+    return torch.where(low == _NOT_FINITE, torch.nan, low), step, _units(exponents, groups)
 
 
 def _units(exponents: Tensor, groups: int) -> Tensor:
@@ -191,13 +205,16 @@ def column_statistics(x: Tensor, eps: float, center: bool) -> Tensor:
 
     At most 128 rows are looked at, see `sampled_rows`. The channels of a transformer's norms differ by orders of magnitude and keep
     their own level over tokens; standardised columns share one scale a row. Deviations far below the typical one are
-    raised, since rows left out may have larger values.
+    raised, since rows left out may have larger values. Rows that are not finite do not count.
     """
     sample = x[sampled_rows(x.shape[0], x.device)].to(math_dtype(x.dtype))
     if center:
         sample = sample - sample.mean(1, keepdim=True)
     sample = sample * (sample.square().mean(1, keepdim=True) + eps).rsqrt()
-    var, mean = torch.var_mean(sample, 0, correction=0)
+    finite = sample.isfinite().all(1, keepdim=True)
+    count = finite.sum().clamp_min(1)
+    mean = torch.where(finite, sample, 0).sum(0) / count
+    var = torch.where(finite, sample - mean, 0).square().sum(0) / count
     return torch.stack([mean, (var + 0.05**2).sqrt()]).to(torch.bfloat16)
 
 

@@ -54,10 +54,8 @@ def attention_backward(
                 _hide_later_keys(scores, rows.start)
             if mask is not None:
                 tile_mask = _narrow(mask, b, h, rows)
-                if mask.dtype == torch.bool:
-                    scores.masked_fill_(~tile_mask, -torch.inf)
-                else:
-                    scores += tile_mask
+                # added, as in stock: a hidden key that is not a number still spoils its rows
+                scores += torch.where(tile_mask, 0, -torch.inf) if mask.dtype == torch.bool else tile_mask
             p = torch._safe_softmax(scores, -1)
             d_s = torch._softmax_backward_data(d_out @ v.transpose(-1, -2), p, -1, wide)
             if not mask_wanted and keys:

@@ -17,15 +17,20 @@ from . import attention
 
 def encode_steps(x: Tensor, thresholds: list[float], codes: list[int], bits: int) -> Tensor:
     edges = torch.tensor(thresholds, dtype=codec.math_dtype(x.dtype), device=x.device)
-    interval = torch.bucketize(x.to(edges.dtype).contiguous(), edges, out_int32=True)
+    interval = torch.bucketize(_nan_first(x.to(edges.dtype).contiguous()), edges, out_int32=True)
     chosen = torch.tensor(codes, dtype=torch.uint8, device=x.device)[interval]
     return codec.pack(chosen.view(1, -1), bits).view(-1)
+
+
+def _nan_first(x: Tensor) -> Tensor:
+    """NaN as minus infinity: it lies above no threshold."""
+    return torch.where(x.isnan(), -torch.inf, x)
 
 
 def encode_levels(values: Tensor, levels: list[float], bits: int, seed: int) -> Tensor:
     table = torch.tensor(levels, dtype=codec.math_dtype(values.dtype), device=values.device)
     values = values.to(table.dtype).contiguous().view(-1)
-    below = torch.bucketize(values, table[1:-1].contiguous(), out_int32=True)
+    below = torch.bucketize(_nan_first(values), table[1:-1].contiguous(), out_int32=True)
     low, high = table[below], table[below + 1]
     fraction = (values - low) / torch.where(high > low, high - low, 1)
     codes = below + (codec.uniform(seed, values.numel(), values.device) < fraction)
@@ -220,6 +225,12 @@ def max_pool2d_backward(
     return d_x.view(*grad.shape[:-2], height, width).to(grad.dtype)
 
 
+def finite_mean(mean: Tensor) -> Tensor:
+    """A mean as `encode_heads` subtracts it, in bfloat16: 0 where it is not finite, for the sake of the other tokens."""
+    mean = mean.to(torch.bfloat16)
+    return torch.where(mean.isfinite(), mean, 0)
+
+
 def encode_heads(
     x: Tensor, bits: int, group_size: int, center: bool, keep_mean: bool, seed: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -227,7 +238,7 @@ def encode_heads(
     x = x.to(codec.math_dtype(x.dtype))
     mean = x.new_empty(0, dtype=torch.bfloat16)
     if center and tokens:
-        mean = x.mean(2, keepdim=True).to(torch.bfloat16)
+        mean = finite_mean(x.mean(2, keepdim=True))
         x = x - mean
         mean = mean if keep_mean else mean.new_empty(0)
     packed, scales = codec.encode_groups(x.flatten(0, 2), bits, group_size, seed)
@@ -281,10 +292,11 @@ def ungated_prompts(d_key: Tensor, d_value: Tensor, value: Tensor, gate: Tensor)
 def prompt_attention(
     attended: Tensor, query: Tensor, key: Tensor, value: Tensor, gate: Tensor, scale: float
 ) -> Tensor:
-    key, value = gated_prompts(key, value, gate, query.shape[1], query.dtype)
-    scores = query @ key.transpose(-1, -2) * scale
+    wide = codec.math_dtype(query.dtype)  # float16's scores may overflow
+    key, value = (x.to(wide) for x in gated_prompts(key, value, gate, query.shape[1], query.dtype))
+    scores = query.to(wide) @ key.transpose(-1, -2) * scale
     prompts = (scores.softmax(-1) @ value).transpose(1, 2)
-    return attended + prompts.reshape(attended.shape).to(attended.dtype)
+    return (attended.to(wide) + prompts.reshape(attended.shape)).to(attended.dtype)
 
 
 def prompt_attention_backward(

@@ -222,7 +222,7 @@ def encode_heads(
     samples, heads, tokens, count = x.shape
     if x.dtype not in _DTYPES or not x.numel() or not _fits(count, group_size):
         return reference.encode_heads(x, bits, group_size, center, keep_mean, seed)
-    mean = x.mean(2, keepdim=True, dtype=torch.float32).to(torch.bfloat16).contiguous() if center else None
+    mean = reference.finite_mean(x.mean(2, keepdim=True, dtype=torch.float32)).contiguous() if center else None
     packed, scales, _ = _encode_rows(x, 0, 0.0, None, mean, bits, group_size, seed)
     kept = mean if center and keep_mean else x.new_empty(0, dtype=torch.bfloat16)
     return packed.view(samples, heads, tokens, -1), scales.view(samples, heads, tokens, -1), kept

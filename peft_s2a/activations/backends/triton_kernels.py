@@ -87,9 +87,10 @@ def _multiple(bound, unit):
 
 
 @triton.jit
-def _offset_and_step(low, high, unit, BITS: tl.constexpr):
-    """Minimum and step of groups from ``low`` to ``high`` units (int32)."""
-    return low.to(tl.float32) * unit, tl.div_rn((high - low).to(tl.float32) * unit, ((1 << BITS) - 1) * 1.0)
+def _low_and_step(low, high, BITS: tl.constexpr):
+    """Minimum and step, in units, of groups from ``low`` to ``high`` units (int32); NaN for those that are not finite."""
+    step = tl.div_rn((high - low).to(tl.float32), ((1 << BITS) - 1) * 1.0)
+    return tl.where(low == -128, float("nan"), low.to(tl.float32)), step
 
 
 @triton.jit
@@ -100,12 +101,13 @@ def _scales_width(groups):
 
 @triton.jit
 def _load_scales(scales, group, mask, groups, BITS: tl.constexpr):
-    """Minimum and step of ``group`` in the rows of ``groups`` at ``scales``, where ``mask``."""
+    """Minimum and step, in units, and unit of ``group`` in the rows of ``groups`` at ``scales``, where ``mask``."""
     bounds = scales + (groups + 3) // 4 + group
     exponent = tl.load(scales + group // 4, mask=mask, other=0).to(tl.int32)
     low = tl.load(bounds, mask=mask, other=0).to(tl.int32)
     high = tl.load(bounds + groups, mask=mask, other=0).to(tl.int32)
-    return _offset_and_step((low ^ 128) - 128, (high ^ 128) - 128, _power_of_two(exponent), BITS)
+    low, step = _low_and_step((low ^ 128) - 128, (high ^ 128) - 128, BITS)
+    return low, step, _power_of_two(exponent)
 
 
 # ---- rows in slots
@@ -182,10 +184,10 @@ def _decode(
 
     group, there = _group_mask(count, GROUP, GROUP_SLOTS, SLOTS)
     group_mask = present[:, None] & there[None, :]
-    offset, step = _load_scales(scales[:, None], group[None, :], group_mask, groups, BITS)
+    low, step, unit = _load_scales(scales[:, None], group[None, :], group_mask, groups, BITS)
 
     grouped = tl.reshape(codes.to(tl.float32), (ROWS, SLOTS // GROUP_SLOTS, GROUP_SLOTS))
-    values = tl.reshape(grouped * step[:, :, None] + offset[:, :, None], (ROWS, SLOTS))
+    values = tl.reshape((grouped * step[:, :, None] + low[:, :, None]) * unit[:, :, None], (ROWS, SLOTS))
     if MEAN:
         values += tl.load(mean + element, mask=inside, other=0).to(tl.float32)[None, :]
     return tl.where(mask, values, 0.0)
@@ -304,14 +306,14 @@ def _normalised(v, centre, scale, columns, count, element, NORM: tl.constexpr, B
 
 @triton.jit
 def _store_plane(
-    x, start, stride_element, mean, columns, centre, scale, offset, step, scales, packed,
+    x, start, stride_element, mean, columns, centre, scale, low, step, unit, scales, packed,
     row, present, count, groups, seed_low, seed_high, PLANE_BITS: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr,
     GROUP: tl.constexpr, SLOTS: tl.constexpr, NORM: tl.constexpr, BY_COLUMN: tl.constexpr, MEAN: tl.constexpr,
     STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
     """Code the rows again from their statistics and bounds, in the order of their bytes, and pack ``PLANE_BITS`` bits
-    from ``SHIFT`` upwards of every code; ``offset`` and ``step`` are used where a row is one group, and those at
-    ``scales`` elsewhere."""
+    from ``SHIFT`` upwards of every code; ``low``, ``step`` and ``unit`` are used where a row is one group, and those
+    at ``scales`` elsewhere."""
     ROWS: tl.constexpr = row.shape[0]
     PARTS: tl.constexpr = 8 // PLANE_BITS
     BYTES: tl.constexpr = SLOTS // PARTS if SLOTS > PARTS else 1
@@ -324,9 +326,11 @@ def _store_plane(
         v = _load_values(x, start, stride_element, mean, element, mask, MEAN)
         v = _normalised(v, centre, scale, columns, count, element, NORM, BY_COLUMN)
         if GROUP != 0:
-            offset, step = _load_scales(scales[:, None], (element // GROUP)[None, :], mask, groups, BITS)
+            low, step, unit = _load_scales(scales[:, None], (element // GROUP)[None, :], mask, groups, BITS)
+        per_unit = tl.div_rn(1.0, tl.where(unit == 0, 1.0, unit))
         per_step = tl.where(step == 0, 0.0, tl.div_rn(1.0, tl.where(step == 0, 1.0, step)))
-        code = (v - offset) * per_step
+        code = (v * per_unit - low) * per_step
+        code = tl.where(code == code, code, 0.0)  # of groups that are not finite
         if STOCHASTIC:
             code += _uniform((row * count)[:, None] + element[None, :], seed_low, seed_high)
         else:
@@ -376,20 +380,21 @@ def encode_rows(
     GROUPS: tl.constexpr = SLOTS // GROUP_SLOTS
     group, there = _group_mask(count, GROUP, GROUP_SLOTS, SLOTS)
     group_mask = present[:, None] & there[None, :]
+    v = tl.where(v == v, v, float("inf"))
     low = tl.min(tl.reshape(tl.where(mask, v, float("inf")), (ROWS, GROUPS, GROUP_SLOTS)), 2)
-    v = tl.where(v == v, v, float("inf"))  # what is not a number makes its unit infinite, and is decoded so
     high = tl.max(tl.reshape(tl.where(mask, v, -float("inf")), (ROWS, GROUPS, GROUP_SLOTS)), 2)
-    low = tl.where(group_mask, low, 0.0)
-    high = tl.where(group_mask, high, 0.0)
+    finite = group_mask & (low > -float("inf")) & (high < float("inf"))
+    low = tl.where(finite, low, 0.0)
+    high = tl.where(finite, high, 0.0)
     SHARED: tl.constexpr = 4 if GROUPS > 4 else GROUPS
     UNITS: tl.constexpr = GROUPS // SHARED
     largest = tl.max(tl.reshape(tl.maximum(tl.abs(low), tl.abs(high)), (ROWS, UNITS, SHARED)), 2)
     word = tl.div_rn(largest, 127.0).to(tl.int32, bitcast=True)
-    exponent = (tl.minimum(word, 0x7F800000) + 0x7FFFFF) >> 23  # rounded up
+    exponent = tl.minimum((word + 0x7FFFFF) >> 23, 248)  # rounded up, but not so far that a bound overflows
     unit = tl.broadcast_to(_power_of_two(exponent)[:, :, None], (ROWS, UNITS, SHARED))
     unit = tl.reshape(unit, (ROWS, GROUPS))
-    low = _multiple(low, unit)
-    high = _multiple(high, unit)
+    low = tl.where(finite, _multiple(low, unit), -128)
+    high = tl.where(finite, _multiple(high, unit), -128)
     scales += row * _scales_width(groups)
     shared = tl.arange(0, UNITS)
     unit_mask = present[:, None] & (shared * SHARED < groups)[None, :]
@@ -400,20 +405,20 @@ def encode_rows(
     tl.debug_barrier()  # the bounds are read below by other threads
 
     # of a single group the bounds are here, in registers
-    offset, step = _offset_and_step(low, high, unit, BITS)
+    low, step = _low_and_step(low, high, BITS)
     packed += row * _row_width(count, BITS)
     if BITS == 3:
         _store_plane(
-            x, start, stride_element, mean, columns, centre, scale, offset, step, scales, packed,
+            x, start, stride_element, mean, columns, centre, scale, low, step, unit, scales, packed,
             row, present, count, groups, seed_low, seed_high, 2, 0, BITS, GROUP, SLOTS, NORM, BY_COLUMN, MEAN, STOCHASTIC,
         )  # fmt: skip
         _store_plane(
-            x, start, stride_element, mean, columns, centre, scale, offset, step, scales, packed + _row_width(count, 2),
+            x, start, stride_element, mean, columns, centre, scale, low, step, unit, scales, packed + _row_width(count, 2),
             row, present, count, groups, seed_low, seed_high, 1, 2, BITS, GROUP, SLOTS, NORM, BY_COLUMN, MEAN, STOCHASTIC,
         )  # fmt: skip
     else:
         _store_plane(
-            x, start, stride_element, mean, columns, centre, scale, offset, step, scales, packed,
+            x, start, stride_element, mean, columns, centre, scale, low, step, unit, scales, packed,
             row, present, count, groups, seed_low, seed_high, BITS, 0, BITS, GROUP, SLOTS, NORM, BY_COLUMN, MEAN, STOCHASTIC,
         )  # fmt: skip
 
@@ -429,6 +434,8 @@ def decode_rows(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     present = row < rows
     v = _decode(packed, scales, scales, row, present, count, groups, BITS, GROUP, GROUP_SLOTS, SLOTS, False)
+    if values.dtype.element_ty == tl.float16:  # bounds are rounded, perhaps beyond its largest number
+        v = tl.where(v > 65504.0, 65504.0, tl.where(v < -65504.0, -65504.0, v))
     element, inside = _elements(count, GROUP, GROUP_SLOTS, SLOTS)
     tl.store(
         values + (row * count)[:, None] + element[None, :],
@@ -525,8 +532,8 @@ def _masked(
     if MASK != 0:
         at = query.to(tl.int64) * stride_query + key.to(tl.int64) * stride_key
         term = tl.load(mask + at, mask=inside, other=0)
-        if MASK == 1:
-            inside = inside & (term != 0)
+        if MASK == 1:  # added, as in stock: a hidden key that is not a number still spoils its rows
+            scores += tl.where(term != 0, 0.0, -float("inf"))
         else:
             scores += term.to(tl.float32)
     if CAUSAL:
@@ -606,7 +613,7 @@ def attention_queries(
         total = total * shrink + tl.sum(p, 1)
         weighted = weighted * shrink + tl.sum(p * d_p, 1)
         peak = new_peak
-    seen = total > 0  # a query that sees no key has no gradient
+    seen = total != 0  # a query that sees no key has no gradient; NaN goes on
     log_sum = tl.where(seen, tl.where(seen, peak, 0.0) + tl.log(tl.where(seen, total, 1.0)), float("inf"))
     delta = tl.where(seen, tl.div_rn(weighted, tl.where(seen, total, 1.0)), 0.0)
     tl.store(log_sums + head * length + query, log_sum, mask=query < length)

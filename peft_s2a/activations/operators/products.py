@@ -7,6 +7,7 @@ as they are: they exist in any case."""
 import torch
 from torch import Tensor
 
+from ..codec import FLOAT16_MAX
 from ..quantizer import Quantizer
 from .common import autocast_dtype, is_activation, recording, refuse_double_backward
 from .registry import handles
@@ -43,6 +44,8 @@ class KeptFactor:
         ).view(*packed.shape[:3], self.shape[-1])
         if mean.numel():
             x = x.add_(mean)
+            if x.dtype == torch.float16:  # what is rounded up may overflow
+                x = x.clamp_(-FLOAT16_MAX, FLOAT16_MAX)
         x = x.view(self.shape)
         return x.mT if self.transposed else x
 

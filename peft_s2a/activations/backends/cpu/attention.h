@@ -53,18 +53,20 @@ static void product(long rows, long columns, long inner, const float *a, long a_
     for (; j < columns; j += 16) product_columns(1, rows, a, a_row, a_step, b + j, b_row, inner, c + j, c_row, add);
 }
 
-/* The softmax of a row of `count` scores, in place; a row of nothing but minus infinity becomes zeros. Up to the next multiple of
- * 16 it is filled with zeros. Returns by how much the probabilities that PyTorch's fused kernels recompute differ, see
+/* The softmax of a row of `count` scores, in place; a row of nothing but minus infinity becomes `hidden`. Up to the next multiple of
+ * 16 a row of numbers is filled with zeros. Returns by how much the probabilities that PyTorch's fused kernels recompute differ, see
  * `_rounding_of_fused_kernels` in `attention.py`. */
-inline float softmax_row(float *x, long count) {
+inline float softmax_row(float *x, long count, float hidden = 0) {
     long padded = PAD16(count);
     if (!count) return 1;
     for (long i = count; i < padded; i++) x[i] = -INFINITY;
     vector16 tops = load16(x);
     for (long i = 16; i < padded; i += 16) tops = larger16(load16(x + i), tops);
     float top = largest16(tops);
-    if (top == -INFINITY) {
-        memset(x, 0, padded * sizeof(float));
+    if (top == -INFINITY) { /* of which NaN may be overlooked */
+        for (long i = 0; i < count; i++)
+            if (x[i] != -INFINITY) hidden = NAN;
+        for (long i = 0; i < padded; i++) x[i] = hidden;
         return 1;
     }
     vector16 sums = 0;
@@ -141,6 +143,7 @@ void encode_heads(const T *x, long samples, long heads, long tokens, long count,
                     for (long i = 0; i < count; i++) average[i] += load(start[n * stride_n + i]);
                 for (long i = 0; i < count; i++) {
                     uint16_t rounded = float_to_bf16(average[i] / tokens);
+                    if ((rounded & 0x7F80) == 0x7F80) rounded = 0; /* not finite: nothing is subtracted */
                     average[i] = bf16_to_float(rounded);
                     if (mean) mean[head * count + i] = rounded;
                 }
@@ -252,7 +255,7 @@ void prompt_attention(const T *attended, const T *query, const long *strides, co
                     for (long j = 0; j < dim; j++) q[i * dim + j] = load(from[j]) * scale;
                 }
                 product(rows, s, dim, q, dim, 1, kt, s, p, s, 0);
-                for (long i = 0; i < rows; i++) softmax_row(p + i * s, prompts);
+                for (long i = 0; i < rows; i++) softmax_row(p + i * s, prompts, NAN);
                 product(rows, ev, prompts, p, s, 1, v, ev, o, ev, 0);
                 for (long i = 0; i < rows; i++) {
                     long at = ((b * length + start + i) * heads + h) * value_dim;
@@ -299,7 +302,7 @@ void prompt_attention_backward(const T *grad, const Coded &query, const float *k
                 product(rows, s, dim, q, e, 1, kt, s, p, s, 0);
                 product(rows, s, value_dim, dout, ev, 1, vt, s, ds, s, 0);
                 for (long i = 0; i < rows; i++) {
-                    softmax_row(p + i * s, prompts);
+                    softmax_row(p + i * s, prompts, NAN);
                     softmax_row_backward(p + i * s, ds + i * s, s);
                 }
                 product(rows, e, prompts, ds, s, 1, k, e, dq, e, 0);

@@ -88,7 +88,8 @@ inline float decode_unit(uint8_t exponent) {
 /* Whether groups of a row can be read as whole vectors of sixteen. */
 inline int in_vectors(long count, long group) { return group % 16 == 0 || group >= count; }
 
-/* Smallest and largest value of each of up to CHUNK groups; the last one of a row may be shorter, but is filled up. */
+/* Smallest and largest value of each of up to CHUNK groups, the largest infinite where a value is not finite; the last group of a row
+ * may be shorter, but is filled up. */
 static void ranges_of(const float *x, long count, long group, long groups, vector16 *low, vector16 *high) {
     for (long first = 0; first < groups; first += 16) {
         vector16 lows[16], highs[16];
@@ -96,28 +97,30 @@ static void ranges_of(const float *x, long count, long group, long groups, vecto
         for (long g = 0; g < here; g++) {
             const float *v = x + (first + g) * group;
             long n = MIN(group, count - (first + g) * group);
-            if (in_vectors(count, group)) {
-                lows[g] = highs[g] = load16(v);
+            vector16 next = in_vectors(count, group) ? load16(v) : v[0];
+            index16 spoiled = (index16)(next - next); /* the bits of zero, or of NaN */
+            lows[g] = highs[g] = next;
+            if (in_vectors(count, group))
                 for (long i = 16; i < n; i += 16) {
-                    vector16 next = load16(v + i);
+                    next = load16(v + i), spoiled = spoiled | (index16)(next - next);
                     lows[g] = smaller16(lows[g], next), highs[g] = larger16(highs[g], next);
                 }
-            } else {
-                lows[g] = highs[g] = v[0];
+            else
                 for (long i = 1; i < n; i++) {
-                    vector16 next = v[i];
+                    next = v[i], spoiled = spoiled | (index16)(next - next);
                     lows[g] = smaller16(lows[g], next), highs[g] = larger16(highs[g], next);
                 }
-            }
+            highs[g] = choose16(spoiled != 0, INFINITY, highs[g]);
         }
         low[first / 16] = extremes16(lows, here, 0), high[first / 16] = extremes16(highs, here, 1);
     }
 }
 
-INLINE void codes_of_16(const float *x, float offset, float inverse_step, vector16 threshold, float top, uint8_t *codes) {
-    vector16 unit = (load16(x) - offset) * inverse_step + threshold;
-    unit = larger16(smaller16(unit, top), 0); /* truncation is floor then; what is not a number becomes 0 */
-    to_bytes16(whole16(unit), codes);
+INLINE void codes_of_16(const float *x, float inverse_unit, float low, float inverse_step, vector16 threshold, float top,
+                        uint8_t *codes) {
+    vector16 code = (load16(x) * inverse_unit - low) * inverse_step + threshold;
+    code = smaller16(larger16(code, 0), top); /* truncation is floor then; what is not a number becomes 0 */
+    to_bytes16(whole16(code), codes);
 }
 
 /* Where the scales of a row of `groups` groups lie, from group `first` on (a multiple of UNIT_GROUPS). */
@@ -131,8 +134,11 @@ inline Scales scales_from(const uint8_t *scales, long groups, long first) {
     return Scales{(uint8_t *)scales + first / UNIT_GROUPS, lows + first, lows + groups + first};
 }
 
-/* The exponents of the units of `groups` groups, `per_unit` (1, 2 or 4) each, given their largest magnitudes: in every lane that
- * of its unit. */
+#define NOT_FINITE (-128)    /* the bounds of groups with a value that is not finite */
+#define LARGEST_EXPONENT 248 /* of units: a bound shall not overflow */
+
+/* The exponents of the units of `groups` groups, `per_unit` (1, 2 or 4) each, given their largest magnitudes, which are finite: in
+ * every lane that of its unit. */
 INLINE index16 exponents_of(vector16 magnitude, long groups, int per_unit) {
     magnitude = (vector16)((index16)magnitude & (lanes16() < (int32_t)MIN(groups, 16)));
     if (per_unit > 1) magnitude = larger16(magnitude, across16<1>(magnitude));
@@ -141,7 +147,7 @@ INLINE index16 exponents_of(vector16 magnitude, long groups, int per_unit) {
     index16 word = (index16)magnitude & 0x7FFFFFFF; /* zero may be negative */
     index16 exponent = (word - 0x3000000 + 0x1FFFF) >> 23;
     exponent = (exponent & (exponent > 0)) | ((exponent <= 0) & (word >= 64) & 1);
-    return exponent | ((word >= 0x7F800000) & 255); /* what is not finite decodes to NaN */
+    return exponent + (exponent > LARGEST_EXPONENT); /* by at most one; masks are minus one */
 }
 
 INLINE vector16 rounded_bound(vector16 bound, vector16 inverse_unit) {
@@ -153,21 +159,22 @@ INLINE vector16 rounded_bound(vector16 bound, vector16 inverse_unit) {
 static void encode_chunk(const float *x, long count, int bits, long group, long groups, int per_unit, const int64_t *seed,
                          uint32_t position, Scales to, uint8_t *codes) {
     float top = (float)((1 << bits) - 1);
-    vector16 low[CHUNK / 16], high[CHUNK / 16], offset[CHUNK / 16], inverse[CHUNK / 16];
+    vector16 low[CHUNK / 16], high[CHUNK / 16], inverse_unit[CHUNK / 16], least[CHUNK / 16], inverse_step[CHUNK / 16];
     int8_t kept[2][CHUNK];
     ranges_of(x, count, group, groups, low, high);
     for (long v = 0; v * 16 < groups; v++) {
+        index16 finite = high[v] <= std::numeric_limits<float>::max();
         vector16 magnitude = larger16(larger16(low[v], -low[v]), larger16(high[v], -high[v]));
-        index16 exponent = exponents_of(magnitude, groups - v * 16, per_unit);
-        vector16 unit = (vector16)(exponent << 23);
-        vector16 inverse_unit = (vector16)(((index16)254 - exponent) << 23 & (exponent != 0) & (exponent != 255));
+        index16 exponent = exponents_of((vector16)((index16)magnitude & finite), groups - v * 16, per_unit);
+        inverse_unit[v] = (vector16)(((index16)254 - exponent) << 23 & (exponent != 0));
         uint8_t exponents[16];
         to_bytes16(exponent, exponents);
         for (long g = 0; g < MIN(16, groups - v * 16); g += per_unit)
             to.exponents[(v * 16 + g) / per_unit] = exponents[g];
-        vector16 a = rounded_bound(low[v], inverse_unit), b = rounded_bound(high[v], inverse_unit);
-        vector16 step = (b - a) * unit / top; /* divided by once more, so that ties fall as in the reference */
-        offset[v] = a * unit, inverse[v] = (vector16)((index16)(vector16(1) / step) & (step != 0));
+        vector16 a = choose16(finite, rounded_bound(low[v], inverse_unit[v]), NOT_FINITE);
+        vector16 b = choose16(finite, rounded_bound(high[v], inverse_unit[v]), NOT_FINITE);
+        vector16 step = (b - a) / top; /* divided by once more, so that ties fall as in the reference */
+        least[v] = a, inverse_step[v] = (vector16)((index16)(vector16(1) / step) & (step != 0));
         to_bytes16(whole16(a), kept[0] + v * 16);
         to_bytes16(whole16(b), kept[1] + v * 16);
     }
@@ -177,7 +184,7 @@ static void encode_chunk(const float *x, long count, int bits, long group, long 
             vector16 threshold = 0.5f;
             if (seed)
                 for (int k = 0; k < 16; k++) threshold[k] = threshold_at(seed, position + (uint32_t)(i + k));
-            codes_of_16(x + i, ((float *)offset)[g], ((float *)inverse)[g], threshold, top, codes + i);
+            codes_of_16(x + i, ((float *)inverse_unit)[g], ((float *)least)[g], ((float *)inverse_step)[g], threshold, top, codes + i);
         }
 }
 
@@ -187,12 +194,12 @@ static void decode_chunk(const uint8_t *codes, Scales from, long count, int bits
     int vectors = in_vectors(count, group);
     for (long g = 0; g < groups; g++) {
         long i = g * group, end = MIN(i + group, count);
-        float unit = decode_unit(from.exponents[g / UNIT_GROUPS]), offset = from.lows[g] * unit;
-        float step = (float)(from.highs[g] - from.lows[g]) * unit / top;
+        float unit = decode_unit(from.exponents[g / UNIT_GROUPS]), step = (float)(from.highs[g] - from.lows[g]) / top;
+        float low = from.lows[g] == NOT_FINITE ? NAN : from.lows[g];
         if (vectors)
-            for (; i < end; i += 16) store16(out + i, real16(from_bytes16(codes + i)) * step + offset);
+            for (; i < end; i += 16) store16(out + i, (real16(from_bytes16(codes + i)) * step + low) * unit);
         else
-            for (; i < end; i++) out[i] = (float)codes[i] * step + offset;
+            for (; i < end; i++) out[i] = ((float)codes[i] * step + low) * unit;
     }
 }
 

@@ -309,8 +309,7 @@ tuple<Tensor, Tensor, Tensor, Tensor> encode_norm(Tensor x, double eps, bool cen
     Room standards((by_column ? 2 * count : 0) * sizeof(float));
     if (by_column) {
         uint16_t *statistics = data<uint16_t>(columns);
-        for (long i = 0; i < (rows ? 0 : 2 * count); i++) statistics[i] = 0x7FC0; /* nothing has no mean */
-        if (x.numel())
+        if (count)
             by_dtype(x.scalar_type(), [&](auto type) {
                 kernels::column_statistics(data<decltype(type)>(x), rows, count, center, (float)eps, statistics);
             });
@@ -372,10 +371,10 @@ tuple<Tensor, Tensor, Tensor> batch_norm_backward(Tensor grad, Tensor packed, Te
         if (wanted[1]) memcpy(data<float>(d_weight), sums + channels, channels * sizeof(float));
         if (wanted[2]) memcpy(data<float>(d_bias), sums, channels * sizeof(float));
         if (!wanted[0]) return;
-        for (long i = 0; i < 2 * channels; i++) sums[i] = live ? sums[i] / (float)(samples * size) : 0;
+        for (long i = 0; i < 2 * channels; i++) sums[i] /= (float)(samples * size);
         for (long i = 0; i < channels; i++) factors[i] = deviations.start[i] * (weights.start ? weights.start[i] : 1);
-        kernels::channel_gradient(data<T>(grad), data<uint8_t>(packed), data<uint8_t>(scales), sums, factors, samples, channels, size,
-                         (int)bits, group, data<T>(d_x));
+        kernels::channel_gradient(data<T>(grad), data<uint8_t>(packed), data<uint8_t>(scales), live ? sums : nullptr, factors, samples,
+                         channels, size, (int)bits, group, data<T>(d_x));
     });
     return {d_x, d_weight, d_bias};
 }

@@ -13,14 +13,14 @@ inline long sampled_row(long rows, long part) {
     return (long)(((part << 16) + (part * part * 40503 & 0xFFFF)) * rows >> 23);
 }
 
-/* Mean and deviation of the columns of sampled, normalised rows of x; see `codec.column_statistics`. */
+/* Mean and deviation of the columns of sampled, normalised rows of x that are finite; see `codec.column_statistics`. */
 template <typename T>
 void column_statistics(const T *x, long rows, long count, int center, float eps, uint16_t *out) {
     Room room(2 * count * sizeof(double), true), memory(count * sizeof(float));
     double *sums = room.as<double>(), *squares = sums + count;
     float *values = memory.floats();
-    long used = MIN(rows, SAMPLED_ROWS);
-    for (long part = 0; part < used; part++) {
+    long used = 0;
+    for (long part = 0; part < MIN(rows, SAMPLED_ROWS); part++) {
         const T *row = x + sampled_row(rows, part) * count;
         float mean = 0, square = 0;
         for (long i = 0; i < count; i++) values[i] = load(row[i]);
@@ -29,11 +29,13 @@ void column_statistics(const T *x, long rows, long count, int center, float eps,
         mean /= count;
         for (long i = 0; i < count; i++) values[i] -= mean, square += values[i] * values[i];
         float scale = 1 / sqrtf(square / count + eps);
-        for (long i = 0; i < count; i++) {
-            float value = values[i] * scale;
-            sums[i] += value, squares[i] += (double)value * value;
-        }
+        int spoiled = 0;
+        for (long i = 0; i < count; i++) values[i] *= scale, spoiled |= !(values[i] - values[i] == 0);
+        if (spoiled) continue;
+        for (long i = 0; i < count; i++) sums[i] += values[i], squares[i] += (double)values[i] * values[i];
+        used++;
     }
+    used += !used;
     for (long i = 0; i < count; i++) {
         double mean = sums[i] / used, var = squares[i] / used - mean * mean;
         out[i] = float_to_bf16((float)mean);
@@ -111,7 +113,7 @@ void channel_sums(const T *grad, const uint8_t *packed, const uint8_t *scales, l
     });
 }
 
-/* (grad - means[0, c] - means[1, c] * decoded value) * scale[c], for rows [channels, size] */
+/* (grad - means[0, c] - means[1, c] * decoded value) * scale[c], for rows [channels, size]; grad * scale[c] without means */
 template <typename T>
 void channel_gradient(const T *grad, const uint8_t *packed, const uint8_t *scales, const float *means,
                                    const float *scale, long rows, long channels, long size, int bits, long group, T *d_x) {
@@ -122,11 +124,16 @@ void channel_gradient(const T *grad, const uint8_t *packed, const uint8_t *scale
         float *values = memory.floats();
         uint8_t *codes = (uint8_t *)(values + PAD16(coded.span));
         for (long part = begin; part < end; part++) {
-            long n = decode_part(&coded, part / chunks, part % chunks, codes, values), start = part % chunks * coded.span;
-            long offset = part / chunks * coded.count + start;
+            long start = part % chunks * coded.span, offset = part / chunks * coded.count + start;
+            long n = means ? decode_part(&coded, part / chunks, part % chunks, codes, values) : MIN(coded.span, coded.count - start);
             for (long i = 0; i < n;) {
                 long channel = (start + i) / size, end = MIN(n, (channel + 1) * size - start);
-                float mean = means[channel], along = means[channels + channel], factor = scale[channel];
+                float factor = scale[channel];
+                if (!means) {
+                    for (; i < end; i++) d_x[offset + i] = store<T>(load(grad[offset + i]) * factor);
+                    continue;
+                }
+                float mean = means[channel], along = means[channels + channel];
                 for (; i < end; i++)
                     d_x[offset + i] = store<T>((load(grad[offset + i]) - mean - along * values[i]) * factor);
             }

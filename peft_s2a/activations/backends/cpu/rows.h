@@ -63,6 +63,10 @@ void decode_rows(const uint8_t *packed, const uint8_t *scales, long rows, long c
         for (long part = begin; part < end; part++) {
             long n = decode_part(&coded, part / chunks, part % chunks, codes, values);
             T *to = out + part / chunks * count + part % chunks * coded.span;
+            if (std::is_same_v<T, float16>) { /* bounds are rounded, perhaps beyond its largest number */
+                const float most = 65504;
+                for (long i = 0; i < n; i++) values[i] = values[i] > most ? most : values[i] < -most ? -most : values[i];
+            }
             for (long i = 0; i < n; i++) to[i] = store<T>(values[i]);
         }
     });

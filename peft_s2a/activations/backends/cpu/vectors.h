@@ -182,6 +182,7 @@ INLINE index16 operator<<(index16 a, int n) EACH16(index16, a.part[p] << n)
 INLINE index16 operator>>(index16 a, int n) EACH16(index16, a.part[p] >> n)
 #define COMPARISON16(type, op) INLINE index16 operator op(type a, type b) EACH16(index16, (ints)(a.part[p] op b.part[p]))
 COMPARISON16(vector16, <)
+COMPARISON16(vector16, <=)
 COMPARISON16(vector16, >)
 COMPARISON16(vector16, !=)
 COMPARISON16(index16, <)
@@ -342,10 +343,10 @@ INLINE vector16 look_up8(vector16 table, index16 index) {
 #endif
 }
 
-/* exp for x <= 0, to within a few units in the last place; below -87 it is 0. After the range reduction a polynomial
+/* exp for x <= 0, to within a few units in the last place; below -87 it is 0, and NaN is NaN. After the range reduction a polynomial
  * (coefficients of expf in the Cephes library, Moshier 1992). */
 INLINE vector16 exp16(vector16 x) {
-    index16 kept = x > -87.0f;
+    index16 kept = ~(x < -87.0f);
     index16 n = whole16(x * 1.44269504f - 0.5f) & kept; /* truncation rounds to nearest here */
     vector16 whole = real16(n);
     vector16 r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
