@@ -29,6 +29,13 @@ if TIMM_FOLDER.is_dir():
         TORCHVISION.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
+@pytest.fixture
+def function_mode(monkeypatch):
+    """No block gets a plan: for tests of something else, since making plans of a small model takes longer than training
+    it. That a block does the same with a plan and without is shown in `activations/test_plans.py`."""
+    monkeypatch.setattr("peft_s2a.activations.plans.planner._unfit", lambda: "this test has no need of plans")
+
+
 @pytest.fixture(autouse=True)
 def _fixed_seed():
     """Random inputs are the same in every run, whichever tests run before."""

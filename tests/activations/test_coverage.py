@@ -152,7 +152,9 @@ def compare(expected, actual):
 class TestFamilies:
     @pytest.mark.parametrize("name", ALL)
     @pytest.mark.parametrize("training", [True, False])
-    def test_outputs_are_the_stock_ones_bit_for_bit(self, name, training):
+    def test_outputs_are_the_stock_ones_bit_for_bit(self, name, training, request):
+        if not training:  # so that it is shown with plans and without
+            request.getfixturevalue("function_mode")
         model, images, _ = model_and_batch(name)
         model.train(training)
         twin = quantize_activations(copy.deepcopy(model), ActivationQuantizationConfig(backend="reference"))
@@ -186,7 +188,7 @@ class TestFamilies:
             return F.cross_entropy(outputs(model, batch), labels)
 
         stock = profile_memory(model, images, loss_fn=loss)
-        quantize_activations(model, ActivationQuantizationConfig(mlp_tiles=4))
+        quantize_activations(model)
         report = profile_memory(model, images, loss_fn=loss)
         full = {op: kept.full_precision for op, kept in report.by_operator.items() if kept.full_precision}
         assert report.saved_bytes < stock.saved_bytes / 4, report

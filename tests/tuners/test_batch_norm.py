@@ -25,6 +25,12 @@ every_config = pytest.mark.parametrize("config", CONFIGS)
 every_family = pytest.mark.parametrize("family", ["resnet", "timm_resnet", "plain_cnn"])
 
 
+@pytest.fixture(autouse=True)
+def _plans_of_one_family(request):
+    if "family" in request.fixturenames and request.getfixturevalue("family") != "resnet":
+        request.getfixturevalue("function_mode")
+
+
 def norms(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, BATCH_NORMS)]
 

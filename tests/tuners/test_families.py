@@ -65,7 +65,9 @@ def descend(model: nn.Module, lr: float) -> None:
 
 @pytest.mark.parametrize("structure", CONFIGS)
 @pytest.mark.parametrize("family", families.FAMILIES)
-def test_family(family, structure, table, tmp_path):
+def test_family(family, structure, table, tmp_path, request):
+    if structure not in ("all", "ladder"):
+        request.getfixturevalue("function_mode")
     images, labels = families.batch(family)
     base = frozen_model(family)
     expected = eval_logits(base, images)
@@ -109,6 +111,7 @@ def test_vit_base_trains_about_one_percent(structure, table):
         assert 0.005 <= count / total
 
 
+@pytest.mark.usefixtures("function_mode")
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_random_starts_survive_a_reload(family, tmp_path):
     images, _ = families.batch(family)
