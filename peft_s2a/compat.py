@@ -44,7 +44,11 @@ from torch.overrides import _len_torch_function_stack as count_function_modes
 from torch.overrides import _pop_mode as pop_function_mode
 from torch.overrides import _push_mode as push_function_mode
 from torch.utils import checkpoint
-from torch.utils._python_dispatch import TorchDispatchMode, autograd_would_have_decomposed
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    autograd_would_have_decomposed,
+    is_traceable_wrapper_subclass,
+)
 from torch.utils._python_dispatch import _disable_current_modes as no_dispatch_modes
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as dispatch_modes
 from torch.utils._pytree import (
@@ -75,6 +79,7 @@ __all__ = [
     "TorchDispatchMode",
     "TreeSpec",
     "WithoutKeys",
+    "bits_of_bitsandbytes",
     "caches_results",
     "count_dispatch_modes",
     "count_function_modes",
@@ -90,10 +95,13 @@ __all__ = [
     "is_capturing_outputs",
     "is_fake",
     "is_function_mode_enabled",
+    "is_quantized_weight",
+    "is_weight_only",
     "nn_bindings",
     "no_dispatch_modes",
     "outer_saved_tensors_hooks",
     "parse_regular_expression",
+    "plain_tensors",
     "pop_function_mode",
     "push_function_mode",
     "remove_forward_hooks",
@@ -108,6 +116,7 @@ __all__ = [
     "tree_map",
     "tree_map_only",
     "tree_unflatten",
+    "undo_packing",
     "without_autocast_cache",
     "without_function_modes",
 ]
@@ -277,3 +286,54 @@ def outer_saved_tensors_hooks() -> tuple[Callable[..., Any], Callable[..., Any]]
 def is_capturing_outputs() -> bool:
     """Whether a model of transformers has been asked for what its modules put out. Their hooks for that stay for good."""
     return bool(output_capturing._active_collector.get())
+
+
+# torchao's weights that products read dequantised, whose `dequantize` gives those very numbers.
+_WEIGHTS_ONLY = ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor")
+_OF_ACTIVATIONS = ("act_quant_kwargs", "activation_quantization", "act_pre_scale")
+
+
+def is_weight_only(weight: torch.Tensor) -> bool:
+    """Whether torchao holds a weight in few bits and leaves the activations that it is multiplied with as they are."""
+    kind = type(weight)
+    return (
+        kind.__name__ in _WEIGHTS_ONLY
+        and kind.__module__.startswith("torchao.")
+        and all(getattr(weight, name, None) is None for name in _OF_ACTIVATIONS)
+    )
+
+
+def is_quantized_weight(weight: torch.Tensor | None) -> bool:
+    """Whether torchao or bitsandbytes hold a weight in codes, whatever its dtype says; not told under torch.compile."""
+    kind = type(weight)
+    if kind is nn.Parameter or torch.compiler.is_compiling():
+        return False
+    return kind.__module__.startswith("torchao.") or kind.__name__ in ("Int8Params", "Params4bit")
+
+
+def bits_of_bitsandbytes(kind: type[nn.Module]) -> int | None:
+    """In how many bits a class of bitsandbytes' linear layers holds a frozen weight: 8 or 4; None for other classes."""
+    for base in kind.__mro__:
+        if base.__module__.startswith("bitsandbytes.") and base.__name__ in ("Linear8bitLt", "Linear4bit"):
+            return 8 if base.__name__ == "Linear8bitLt" else 4
+    return None
+
+
+def undo_packing(layer: nn.Module) -> None:
+    """Lays the weight of bitsandbytes' `Linear4bit` out as it was before a call in eval mode on a CPU with bf16
+    instructions, after which it could no longer be trained through."""
+    if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
+        from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+        layer.weight.data, state = _convert_weight_packed_for_cpu_inverse(layer.weight.data, layer.weight.quant_state)
+        if state.absmax.dim() == 2:  # left by it as the packing made it of one for each group, row after row
+            state.absmax = state.absmax.T.reshape(-1).float()
+        layer.weight.quant_state = state
+
+
+def plain_tensors(x: torch.Tensor) -> list[torch.Tensor]:
+    """``x``, or the tensors that it is made of, if it is one of those that hold others."""
+    if not is_traceable_wrapper_subclass(x):
+        return [x]
+    names, _ = x.__tensor_flatten__()
+    return [plain for name in names for plain in plain_tensors(getattr(x, name))]

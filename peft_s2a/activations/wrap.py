@@ -22,6 +22,7 @@ from .. import compat
 from . import notes
 from .config import OPERATOR_KINDS, ActivationQuantizationConfig
 from .interception import OperatorMode, follow_checkpoints
+from .operators.quantized_weight import int4_linear, int8_linear
 from .plans.planner import Planner, Store
 from .plans.trace import is_recording
 from .sharpness import Sharpness, first_call_is_over, is_looking
@@ -82,6 +83,7 @@ def _without_quantized(cls: type[nn.Module]) -> type[nn.Module]:
 @functools.cache
 def _quantized_class(stock: type[nn.Module]) -> type[nn.Module]:
     is_linear = stock is nn.Linear
+    product = {8: int8_linear, 4: int4_linear}.get(compat.bits_of_bitsandbytes(stock))
     follow_checkpoints()
 
     @functools.wraps(stock.forward)
@@ -111,7 +113,8 @@ def _quantized_class(stock: type[nn.Module]) -> type[nn.Module]:
         return result
 
     def run(self, settings, args, kwargs):
-        whole = functools.partial(settings.operators.run, stock.forward, self)
+        compute = stock.forward if product is None else functools.partial(product, stock.forward)
+        whole = functools.partial(settings.operators.run, compute, self)
         if settings.planner is None or is_recording():
             result = whole(*args, **kwargs)
             if not all(map(_is_harmless, self._forward_hooks.values())):
@@ -131,7 +134,8 @@ def _is_exporting() -> bool:
 
 
 def _is_frozen(parameter: nn.Parameter | None) -> bool:
-    return parameter is not None and not parameter.requires_grad
+    """Whether a product with it keeps nothing in any case."""
+    return parameter is not None and not parameter.requires_grad and not compat.is_quantized_weight(parameter)
 
 
 def quantize_activations(

@@ -25,6 +25,7 @@ from peft_s2a.compat import (
     TorchDispatchMode,
     current_autograd_node,
     current_graph_task_id,
+    plain_tensors,
     sequence_number,
     tree_leaves,
 )
@@ -110,7 +111,8 @@ class StepTrace:
         self._contexts = ExitStack()
 
         for tensor in (*model.parameters(), *model.buffers()):
-            self._add(tensor, PARAMETER)
+            for plain in plain_tensors(tensor):
+                self._add(plain, PARAMETER)
         for tensor in _tensors(batch):
             self._add(tensor, BATCH)
         self.batch_size = next((tensor.shape[0] for tensor in _tensors(batch) if tensor.ndim), 1)

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from peft_s2a.anatomy import BATCH_NORMS, CONVOLUTIONS, NORMALISATIONS, is_normalisation
-from peft_s2a.compat import has_global_module_hooks
+from peft_s2a.anatomy import BATCH_NORMS, CONVOLUTIONS, NORMALISATIONS, is_normalisation, output_width
+from peft_s2a.compat import bits_of_bitsandbytes, has_global_module_hooks
 from peft_s2a.tuners.layer import S2ALayer
 
 
@@ -39,6 +39,8 @@ class BiasLayer(S2ALayer):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self._reads_its_bias = bits_of_bitsandbytes(type(base_layer)) is not None
+        """As torch's own layers do, though it is of another class."""
         self.s2a_bias = nn.ParameterDict({})
         self.s2a_scale = nn.ParameterDict({})
 
@@ -88,7 +90,7 @@ class BiasLayer(S2ALayer):
         if getattr(base_layer, "bias", None) is not None:
             return base_layer.bias.shape
         if isinstance(base_layer, (nn.Linear, *CONVOLUTIONS)):
-            return base_layer.weight.shape[:1]
+            return torch.Size([output_width(base_layer)])  # a weight may be packed
         if getattr(base_layer, "weight", None) is not None:
             return base_layer.weight.shape
         if isinstance(base_layer, (nn.LayerNorm, nn.RMSNorm)):
@@ -103,7 +105,9 @@ class BiasLayer(S2ALayer):
         if not adapters:
             return base_layer(*args, **kwargs)
         watched = _is_watched(base_layer)
-        parameters, offset = self._adapted_tensors(adapters, bias_inside=_takes_bias_inside(base_layer, watched))
+        parameters, offset = self._adapted_tensors(
+            adapters, bias_inside=_takes_bias_inside(base_layer, watched, self._reads_its_bias)
+        )
         if not parameters:
             output = base_layer(*args, **kwargs)
         elif torch.compiler.is_compiling():
@@ -192,15 +196,16 @@ def _is_stock(layer: nn.Module) -> bool:
     return getattr(forward, "__wrapped__", forward) in STOCK_FORWARDS
 
 
-def _takes_bias_inside(layer: nn.Module, watched: bool) -> bool:
+def _takes_bias_inside(layer: nn.Module, watched: bool, reads_its_bias: bool) -> bool:
     """Whether the offset of the bias goes into the computation of `layer`; it is added to the output otherwise.
 
-    A linear layer or convolution of another class may hold its weights in any form and has to be called as it is.
+    A linear layer or convolution of another class may hold its weights in any form and has to be called as it is;
+    bitsandbytes' read their bias as torch's do.
     A norm of another class has its channels on an axis that only itself knows.
     """
     if not isinstance(getattr(layer, "bias", None), nn.Parameter):
         return False
-    if _is_stock(layer):
+    if _is_stock(layer) or reads_its_bias:
         return not watched
     return is_normalisation(layer)
 

@@ -51,7 +51,7 @@ class S2ALayer(nn.Module, BaseTunerLayer):
         base_layer = self.get_base_layer()
         tensors = [*base_layer.parameters(), *base_layer.buffers()]
         floating = [tensor for tensor in tensors if tensor.is_floating_point()]
-        return floating[0] if floating else torch.empty(0)
+        return floating[0] if floating else torch.empty(0, device=tensors[0].device if tensors else None)
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
         # PEFT moves loaded weights there; its own version knows only modules that hold a weight themselves.

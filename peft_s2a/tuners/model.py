@@ -20,9 +20,11 @@ from peft_s2a.anatomy import (
     input_width,
     output_width,
     projections,
+    saved_whole,
     side_entry,
+    visible_modules,
 )
-from peft_s2a.compat import BufferDict, ExcludedModule
+from peft_s2a.compat import BufferDict, ExcludedModule, is_quantized_weight
 from peft_s2a.config import _S2ABaseConfig
 from peft_s2a.loading import check_values, some
 from peft_s2a.registration import PREFIX
@@ -85,6 +87,9 @@ class S2AModel(BaseTuner):
         config = self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
         if config.modules_to_save is None:
             config.modules_to_save = find_task_heads(model)
+        if reason := _untrainable(model, config.modules_to_save):
+            self._discard_adapter(adapter_name)
+            raise ValueError(reason)
         if state_dict is not None:
             config.structure_targets = recorded_in(state_dict)
             if statistics := find_statistics(model, config):
@@ -412,6 +417,18 @@ class S2AModel(BaseTuner):
                 "the one that it was trained with. None of them was loaded."
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _untrainable(model: nn.Module, modules_to_save: list[str]) -> str | None:
+    """Why the modules that are to be trained whole cannot be; None if they can."""
+    for name, module in visible_modules(model):
+        if saved_whole(modules_to_save, name) and any(map(is_quantized_weight, module.parameters(recurse=False))):
+            return (
+                f"{name!r} is to be trained whole, but its weight is held quantised ({type(module.weight).__name__}), "
+                "and codes have no gradient. Leave it out when the model is quantised (`modules_to_not_convert` or "
+                "`llm_int8_skip_modules` of transformers' configurations), or train other modules: `modules_to_save=[]`."
+            )
+    return None
 
 
 def _do_nothing(module: nn.Module, args: tuple) -> None:

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 
 from peft_s2a.activations.operators import add_low_rank
 from peft_s2a.anatomy import ends, input_width, output_width, projections
-from peft_s2a.compat import BufferDict
+from peft_s2a.compat import BufferDict, is_quantized_weight
 from peft_s2a.tuners.bias import BiasLayer
 from peft_s2a.tuners.layer import AttachedLayer, as_tensor, first_tensor, with_tensor
 
@@ -52,7 +53,7 @@ def frozen_projection(layer: nn.Module, shape: tuple[int, ...], init: str) -> to
     directions = torch.empty(rank, width)
     nn.init.orthogonal_(directions)
     if init == "svd":
-        weight = layer.weight.detach().float().cpu()
+        weight = dequantize_module_weight(layer).detach().float().cpu()
         if weight.shape[1:] != shape[1:]:  # a kernel seen through a 1x1 branch: its sum over positions
             weight = weight.flatten(2).sum(-1)
         if weight[0].numel() == width:
@@ -215,6 +216,13 @@ class SideLayer(AttachedLayer):
             return (
                 f"Adapter {adapter_name!r} has a side branch with an activation function, which no weight can hold, "
                 "so it cannot be merged. Keep the adapter separate, or train with `side_activation='linear'`."
+            )
+        if is_quantized_weight(self._ends[0].weight):
+            return (
+                f"Adapter {adapter_name!r} has a side branch beside a weight that is held quantised "
+                f"({type(self._ends[0].weight).__name__}): to merge it the sum would have to be quantised anew, and the "
+                "adapter would start from another model than it was trained on. Keep the adapter separate, or load it "
+                "onto the unquantised base model and merge there."
             )
         if getattr(self._ends[0], "groups", 1) != 1:
             return (

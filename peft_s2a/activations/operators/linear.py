@@ -4,9 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ... import compat
 from .. import notes
 from ..quantizer import Quantizer
 from .common import autocast_dtype, cast, decode_rows, encode_rows, not_a_view, recording, refuse_double_backward
+from .quantized_weight import weight_only_linear
 from .registry import handles
 
 
@@ -78,6 +80,8 @@ def frozen_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
 def _linear(mode, input, weight, bias=None):
     notes.forget(input)
     if not weight.requires_grad:
+        if not torch.compiler.is_compiling() and compat.is_weight_only(weight):
+            return weight_only_linear(input, weight, bias)
         return frozen_linear(input, weight, bias)
     if mode.config.compress_linear_inputs:
         return linear(input, weight, bias, quantizer=mode.quantizer("linear"))

@@ -42,7 +42,7 @@ _CODE = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType, 
 # Libraries whose code keeps nothing outside of the modules it runs in.
 _TRUSTED = (
     "torch", "transformers", "peft", "timm", "diffusers", "torchvision", "accelerate", "numpy", "peft_s2a", "sympy", "mpmath",
-    "typing_extensions", "einops",
+    "typing_extensions", "einops", "torchao",
 )  # fmt: skip
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OWN = {
@@ -108,8 +108,7 @@ class Watch:
             for kind in ("_parameters", "_buffers"):
                 for name, tensor in state[kind].items():
                     if tensor is not None:
-                        slots.setdefault(id(tensor), (state[kind], name))
-                        self._check_tensor(tensor)
+                        self._watch_tensor(state[kind], name, slots)
             self._watch_attributes(module, state)
         self._children = children
         self._slots = list(slots.values())
@@ -148,6 +147,20 @@ class Watch:
         for hook in hooks.values():
             if not self._is_harmless(hook):
                 raise Untraceable(f"a hook looks into its {type(module).__name__}")
+
+    def _watch_tensor(self, holder: dict[str, Any], name: str, slots: dict[int, tuple[dict[str, Any], str]]) -> None:
+        """Give a tensor a slot, and those that a frozen weight of torchao's holds: it is these that recordings see."""
+        tensor = holder[name]
+        slots.setdefault(id(tensor), (holder, name))
+        if tensor.requires_grad or not compat.is_weight_only(tensor):
+            return self._check_tensor(tensor)
+        inside, settings = tensor.__tensor_flatten__()
+        self._attributes.append((holder, name, tensor))
+        self._containers.append((tensor.__dict__, _copy(tensor.__dict__)))
+        for setting in settings.values():
+            self._watch(setting, type(tensor).__name__, 1)
+        for part in inside:
+            self._watch_tensor(tensor.__dict__, part, slots)
 
     def _check_tensor(self, tensor: Tensor) -> None:
         if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer) and not compat.is_fake(tensor):
@@ -259,6 +272,13 @@ class Watch:
             return _Same(x)
 
         number = {id(tensor): index for index, tensor in enumerate(self.tensors)}
+
+        def held(tensor: Tensor | None) -> Any:
+            if tensor is None or not compat.is_weight_only(tensor):
+                return number.get(id(tensor))
+            inside, settings = tensor.__tensor_flatten__()
+            return type(tensor), [number[id(tensor.__dict__[part])] for part in inside], relative(settings)
+
         described = []
         for module in self.modules:
             state = module.__dict__
@@ -269,11 +289,7 @@ class Watch:
                     module.training,
                     hooks,
                     list(state["_modules"]),
-                    [
-                        (name, number.get(id(t)))
-                        for kind in ("_parameters", "_buffers")
-                        for name, t in state[kind].items()
-                    ],
+                    [(name, held(t)) for kind in ("_parameters", "_buffers") for name, t in state[kind].items()],
                     [(name, relative(x)) for name, x in state.items() if name not in _OWN and name in read],
                 )
             )
