@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .. import compat
 from ..compat import current_function_mode, pop_function_mode, push_function_mode
+from ..parallelism import refuse_distributed
 from . import masks, notes
 from .config import WIDE_HEAD, ActivationQuantizationConfig
 from .operators import HANDLERS
@@ -103,12 +104,22 @@ def follow_checkpoints() -> None:
 
 
 def _left_to_stock(args: tuple, kwargs: dict[str, Any] | None) -> bool:
-    """Whether a call is one that no operator here takes: of complex numbers, or with ``out=``."""
+    """Whether a call is one that no operator here takes: of complex numbers, or with ``out=``. Those of a layer that has
+    become tensor-parallel meanwhile are refused."""
     if kwargs:
         if kwargs.get("out") is not None:
             return True
         args = (*args, *kwargs.values())
-    return any(isinstance(x, Tensor) and x.is_complex() for x in args)
+    for x in args:
+        if isinstance(x, Tensor):
+            if x.is_complex():
+                return True
+            if type(x) not in _PLAIN:
+                refuse_distributed(x)
+    return False
+
+
+_PLAIN = (Tensor, nn.Parameter)
 
 
 # Under torch.compile function modes are offered numpy's arithmetic as well, as methods of tensors, which arrays lack.

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .. import compat
+from ..parallelism import refuse_tensor_parallel
 from . import notes
 from .config import OPERATOR_KINDS, ActivationQuantizationConfig
 from .interception import OperatorMode, follow_checkpoints
@@ -150,6 +151,9 @@ def quantize_activations(
     Args:
         model: any module: a model, one that a tuner has been added to, or a single layer.
         config: an `ActivationQuantizationConfig`, a dict of its arguments, or None for the defaults.
+
+    Raises:
+        ValueError: if an argument is none of these, or the model is tensor-parallel. The model is as it was.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
@@ -162,6 +166,7 @@ def quantize_activations(
             "`config` must be an ActivationQuantizationConfig, a dict of its arguments or None, got "
             f"{type(config).__name__}."
         )
+    refuse_tensor_parallel(model)
     found = set(_blocks(model))
     blocks, store = [module for module in model.modules() if module in found], Store()
     sharpness = Sharpness(config)

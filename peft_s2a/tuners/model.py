@@ -27,6 +27,7 @@ from peft_s2a.anatomy import (
 from peft_s2a.compat import BufferDict, ExcludedModule, is_quantized_weight
 from peft_s2a.config import _S2ABaseConfig
 from peft_s2a.loading import check_values, some
+from peft_s2a.parallelism import TensorParallelError, refuse_tensor_parallel
 from peft_s2a.registration import PREFIX
 from peft_s2a.tuners.batch_norm import BatchNormLayer, FrozenStatistics
 from peft_s2a.tuners.bias import BiasLayer
@@ -83,6 +84,11 @@ class S2AModel(BaseTuner):
                 f"An adapter cannot be called {adapter_name!r}: its weights are held under this name by torch "
                 "modules, which allow no dots and none of their own attributes. Choose another name."
             )
+        try:
+            refuse_tensor_parallel(model)
+        except TensorParallelError:
+            self._discard_adapter(adapter_name)
+            raise
         # What is decided for this model goes into a copy, so that the user's configuration serves other models too.
         config = self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
         if config.modules_to_save is None:
@@ -277,6 +283,8 @@ class S2AModel(BaseTuner):
                 "S2A does not mix adapters within a batch, as `adapter_names` asks for: split the batch by adapter "
                 "and call `set_adapter` before each part."
             )
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            refuse_tensor_parallel(self.model)  # it may have become so since
         yield
 
     # Removal.
