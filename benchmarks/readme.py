@@ -19,10 +19,12 @@ import budgets
 from accuracy import COMPARED, accuracies, mean_and_deviation, paired_difference
 from memory_and_speed import COMPILED, METHODS, RIVALS
 
+from peft_s2a.memory.report import ENGINE_TITLES
+
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = ("README.md", "docs/results.md", "docs/choosing.md")
+DOCUMENTS = ("README.md", "docs/results.md", "docs/choosing.md", "docs/distributed.md")
 FEWEST_PAIRS = 10  # of runs, from which on a difference between two methods is stated
 MiB = 2**20
 Result = dict[str, Any]
@@ -527,6 +529,68 @@ def plans(data: Result, path: Path) -> list[str]:
     return [table(("model", *methods.values()), rows), note(data, about)]
 
 
+def ranks(data: Result, path: Path) -> list[str]:
+    """What two processes held beside what was estimated."""
+    cells = []
+    for row in data["rows"]:
+        measured, estimated = row["measured"], row["estimated"]
+        cells.append(
+            (
+                ENGINE_TITLES[row["engine"]],
+                TITLES.get(row["model"], row["model"]),
+                row["method"],
+                *(
+                    f"{found[key] / MiB:,.1f}"
+                    for key in ("peak_bytes", "parameter_bytes")
+                    for found in (measured, estimated)
+                ),
+                f"{estimated['parts']['engine'] / MiB:,.1f}",
+                f"{100 * (estimated['peak_bytes'] / measured['peak_bytes'] - 1):+.1f}",
+            )
+        )
+    header = (
+        "engine", "model", "method", "peak, MiB, measured", "estimated", "weights, MiB, measured", "estimated",
+        "added by the engine, MiB", "error of the peak, %",
+    )  # fmt: skip
+    errors = [abs(row["estimated"]["peak_bytes"] / row["measured"]["peak_bytes"] - 1) for row in data["rows"]]
+    images = " or ".join(str(size) for size in sorted({row["batch_size"] for row in data["rows"]}))
+    about = (
+        f"The larger of two processes over gloo, {images} images in each, fp32; ZeRO with `reduce_bucket_size` "
+        f"{data['settings']['reduce_bucket_size']:,}. The estimate is off by {100 * max(errors):.1f}% at most. On {hardware(data)}."
+    )
+    return [table(header, cells), note(data, about)]
+
+
+def traffic(data: Result, path: Path) -> list[str]:
+    """What each process sends in a step, and how long that takes at least."""
+    settings, counts = data["settings"], sorted({row["processes"] for row in data["rows"]})
+    header = ("model", "engine", "method", "trained numbers", "sent a step")
+    times = [f"{count:,} processes, ms" for count in counts]
+    cells = []
+    found = {(r["model"], r["engine"], r["method"], r["processes"]): r for r in data["rows"]}
+    for model, engine, method in dict.fromkeys((r["model"], r["engine"], r["method"]) for r in data["rows"]):
+        largest = found[model, engine, method, counts[-1]]
+        cells.append(
+            (
+                TITLES.get(model, model), ENGINE_TITLES[engine], method, f"{largest['trained']:,}",
+                f"{largest['sent_bytes'] / 1e6:,.1f} MB",
+                *(
+                    "{tree:,.1f} to {ring:,.1f}".format(
+                        tree=1e3 * found[model, engine, method, count]["tree_seconds"],
+                        ring=1e3 * found[model, engine, method, count]["ring_seconds"],
+                    )
+                    for count in counts
+                ),
+            )
+        )  # fmt: skip
+    about = (
+        f"**Calculated, not measured.** fp32; bytes that each of {counts[-1]:,} processes sends in a step, and the time that "
+        f"takes if nothing runs meanwhile, at {settings['bytes_per_second'] / 1e9:.0f} GB/s and "
+        f"{1e6 * settings['hop_seconds']:.0f} µs a hop: by trees, and by rings."
+    )
+    return [table((*header, *times), cells), note(data, about)]
+
+
 # name of the section: (which result files, how each is written)
 SECTIONS: dict[str, tuple[tuple[str, ...], Callable[[Result, Path], list[str]]]] = {
     "summary": (("memory_and_speed-main-*.json",), summary),
@@ -542,6 +606,8 @@ SECTIONS: dict[str, tuple[tuple[str, ...], Callable[[Result, Path], list[str]]]]
     "fidelity_in_training": (("fidelity-training-*.json",), fidelity_in_training),
     "kernels": (("kernels-*.json",), kernels),
     "plans": (("plans.json",), plans),
+    "ranks": (("ranks.json",), ranks),
+    "traffic": (("traffic.json",), traffic),
 }
 
 

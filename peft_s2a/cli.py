@@ -42,6 +42,14 @@ class AutocastDType(str, Enum):
     float16 = "float16"
 
 
+class Sharding(str, Enum):
+    none = "none"
+    ddp = "ddp"
+    fsdp2 = "fsdp2"
+    zero2 = "zero2"
+    zero3 = "zero3"
+
+
 class Device(str, Enum):
     cpu = "cpu"
     cuda = "cuda"
@@ -66,7 +74,8 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print plain data, size
 
 @app.command(
     epilog="Examples: `peft-s2a plan vit-b --budget 8GiB` · `peft-s2a plan dinov2-g -b 64 -m lora -m s2a --autocast "
-    "bfloat16` · `peft-s2a plan ./my-checkpoint --image-size 384 --plot plan.png --html plan.html`"
+    "bfloat16` · `peft-s2a plan ./my-checkpoint --image-size 384 --plot plan.png --html plan.html` · `peft-s2a plan "
+    "dinov2-g --processes 8 --sharding fsdp2`"
 )
 def plan(
     model: ModelArgument,
@@ -87,6 +96,20 @@ def plan(
     device: Annotated[
         Device, typer.Option(help="Whose kernels the step runs on; cuda needs a CUDA build of PyTorch.")
     ] = Device.cpu,
+    processes: Annotated[
+        int, typer.Option("--processes", "-n", min=1, help="Processes that train together, each on a batch.")
+    ] = 1,
+    sharding: Annotated[
+        Sharding,
+        typer.Option(
+            help="Their engine: DistributedDataParallel (ddp, also for none), torch's fully_shard (fsdp2), DeepSpeed's "
+            "ZeRO (zero2, zero3)."
+        ),
+    ] = Sharding.none,
+    reduce_bucket_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="DeepSpeed's setting of this name, in elements; left out: its 500,000,000."),
+    ] = None,
     as_json: JsonOption = False,
     plot: Annotated[Path | None, typer.Option(help="Draw the comparison to this file (.png, .svg, .pdf).")] = None,
     html: Annotated[
@@ -97,7 +120,7 @@ def plan(
 
     Nothing is allocated and no weights are read: the training step runs on shapes alone. "saved" is what is kept for
     backward; "peak" is everything that is live at once, parameters and optimiser included; "of it the step" is what
-    the step adds to those.
+    the step adds to those. With several processes all of it is that of one, and so are batch and budget.
     """
     budget_bytes = _parse_size(budget) if budget is not None else None
     from .memory.methods import METHODS
@@ -122,6 +145,9 @@ def plan(
             dtype=_torch_dtype(dtype),
             autocast=_torch_dtype(autocast),
             device=device.value,
+            processes=processes,
+            sharding=sharding.value,
+            reduce_bucket_size=reduce_bucket_size,
             track=_with_progress,
         )
         if plot is not None:

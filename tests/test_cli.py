@@ -27,6 +27,15 @@ def test_plan_prints_a_table(tiny):
     assert "s2a" not in result.stdout
 
 
+def test_plan_for_several_processes(tiny):
+    arguments = ["plan", tiny, "-m", "lora", "-b", "2", "--processes", "2", "--sharding", "fsdp2"]
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "in each of 2 processes (FSDP2)" in " ".join(result.stdout.split())
+    result = runner.invoke(app, [*arguments[:-4], "--sharding", "fsdp2"])
+    assert result.exit_code == 1 and "for several processes" in " ".join(result.output.split())
+
+
 def test_plan_as_json_is_pure_and_plot_is_written(tiny, tmp_path):
     path = tmp_path / "plan.png"
     result = runner.invoke(app, ["plan", tiny, "-m", "s2a", "--budget", "3MiB", "--json", "--plot", str(path)])

@@ -14,6 +14,7 @@ from peft_s2a.anatomy.usage import stand_in
 from peft_s2a.compat import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode, tree_map_only
 
 from .report import KeptBytes, MemoryReport, PeakBytes
+from .sharding import find_sharding
 from .step import LossFunction, OptimizerFactory, TrainingStep
 from .trace import StepTrace
 from .workspace import workspace_bytes
@@ -27,6 +28,9 @@ def estimate_memory(
     loss_fn: LossFunction | None = None,
     autocast: torch.dtype | None = None,
     device: str | torch.device | None = None,
+    processes: int = 1,
+    sharding: str | None = None,
+    reduce_bucket_size: int | None = None,
 ) -> MemoryReport:
     """Estimates the memory of a training step of `model`, as `profile_memory` measures it, without allocating any.
 
@@ -43,15 +47,20 @@ def estimate_memory(
         optimizer, loss_fn, autocast: As for `profile_memory`.
         device: Where the step is to run, "cpu" or "cuda"; None: where the parameters are (CPU for meta). Estimates
             for CUDA need a CUDA build of PyTorch; they have not been checked on a GPU yet.
+        processes: How many processes train together, each on a batch like this one. The report is that of one.
+        sharding: Under which engine: "ddp" (the default for several processes), "fsdp2", "zero2" or "zero3", in its
+            default settings, `fully_shard` on `blocks_to_shard(model)` and the model. See `sharding.py`.
+        reduce_bucket_size: DeepSpeed's setting of that name, in elements; None: its default, 500,000,000.
 
     Returns:
         The report, with `source="estimate"`.
 
     Raises:
-        ValueError: If no parameter is trained, the device cannot be estimated, there is no loss, or the model's
-            operators depend on the values of tensors (`profile_memory` can still measure it).
+        ValueError: If no parameter is trained, the device cannot be estimated, there is no loss, `processes`,
+            `sharding` or `reduce_bucket_size` are out of range or do not go together, or the model's operators depend on the values of tensors (`profile_memory` can still measure it).
     """
     device = _target(model, device)
+    shared = find_sharding(processes, sharding, reduce_bucket_size)
     if isinstance(batch, int):
         batch = image_batch(model, batch)
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -73,7 +82,7 @@ def estimate_memory(
                 step.forward_backward()
             with trace:  # not under the fake mode: optimisers read their step counters, which are real scalars
                 step.update()
-            return trace.report("estimate", device.type)
+            return trace.report("estimate", device.type, sharding=shared)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ValueError(
             f"model: its operators depend on the values of tensors ({error}), so shapes alone do not tell its memory; "

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from html import escape
 
 from .plan import Plan, PlannedMethod
-from .report import PHASES, MemoryReport, MiB, mib
+from .report import PHASES, MemoryReport, MiB, engine_title, mib
 
 
 PARTS = (
@@ -16,6 +16,7 @@ PARTS = (
     ("kept activations", ("kept",), "#1b9e77"),
     ("working set", ("working",), "#7570b3"),
 )
+ENGINE_PART = ("added by the engine", ("engine",), "#d95f02")
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; width: 100%; } th, td { padding: .3rem .6rem; border-bottom: 1px solid #ddd; }
@@ -29,11 +30,12 @@ td.problem { color: #777; } svg { width: 100%; height: auto; } figure { margin: 
 
 def plan_page(plan: Plan) -> str:
     """`plan` as a page: its table, the peak of each method by what it holds, and live memory over each step."""
-    title = f"{escape(plan.model.name)}, batch of {plan.batch_size}"
+    title = escape(plan.title)
+    shown = PARTS if plan.sharding is None else (*PARTS, ENGINE_PART)
     reports = [(row.method.name, row.report) for row in plan.rows if row.report is not None]
     top = max((_highest(report) for _, report in reports), default=1)
     steps = "".join(_step(name, report, top) for name, report in reports if report.timeline)
-    keys = "".join(f'<span class="key" style="background: {color}"></span>{label}' for label, _, color in PARTS)
+    keys = "".join(f'<span class="key" style="background: {color}"></span>{label}' for label, _, color in shown)
     parts = [
         f"<h1>Memory of a training step: {title}</h1>",
         "<p>Estimated from shapes: nothing was run or allocated. <b>Saved</b> is what is kept for the backward pass, "
@@ -54,6 +56,8 @@ def plan_page(plan: Plan) -> str:
 
 def _table(plan: Plan) -> str:
     headings = ["trainable", "%", "saved, MiB/image", "peak, MiB", "of it the step, MiB"]
+    if plan.sharding is not None:
+        headings.append(f"of that {engine_title(plan.sharding.engine)}, MiB")
     if plan.budget is not None:
         headings.append(f"largest batch in {plan.budget / 2**30:.4g} GiB")
     head = "<th>method</th><th>trains</th>" + "".join(f'<th class="number">{heading}</th>' for heading in headings)
@@ -72,6 +76,7 @@ def _row(row: PlannedMethod, batch_size: int, columns: int) -> str:
         mib(report.saved_bytes / batch_size),
         mib(report.peak_bytes),
         mib(report.step_peak_bytes),
+        *([mib(report.peak.engine)] if report.sharding is not None else []),
     ]
     if row.largest_batch_size is not None:
         cells.append(str(row.largest_batch_size) if row.largest_batch_size else "none fits")
@@ -90,8 +95,10 @@ def _bars(reports: Iterable[tuple[str, MemoryReport]], budget: int | None) -> st
     for place, (name, report) in enumerate(reports):
         y, x = pitch * place + 4, float(left)
         shapes.append(f'<text x="{left - 8}" y="{y + 14}" text-anchor="end">{escape(name)}</text>')
-        for label, attributes, color in PARTS:
+        for label, attributes, color in (*PARTS, ENGINE_PART):
             size = sum(getattr(report.peak, attribute) for attribute in attributes)
+            if not size:
+                continue
             hint = f"<title>{label}: {mib(size)} MiB</title>"
             shapes.append(
                 f'<rect x="{x:.1f}" y="{y}" width="{size * scale:.1f}" height="18" fill="{color}">{hint}</rect>'
@@ -122,7 +129,7 @@ def _step(name: str, report: MemoryReport, top: int) -> str:
         shapes.append(f'<rect x="{x:.1f}" y="0" width="{w:.1f}" height="{height}" fill="{shade}"/>')
         start += span
     below: list[int] = [0] * count
-    for place, (label, _, color) in enumerate(PARTS[2:]):
+    for place, (label, _, color) in enumerate((*PARTS[2:], ENGINE_PART)):
         sizes = [moment[1:][place] for moment in report.timeline]
         above = [low + size for low, size in zip(below, sizes)]
         outline = [*enumerate(above), *reversed([*enumerate(below)])]

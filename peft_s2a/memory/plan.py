@@ -13,7 +13,8 @@ import torch
 from .estimate import estimate_memory, extrapolate_memory, image_batch, largest_batch_size
 from .methods import Method
 from .models import VisionModel
-from .report import MemoryReport, MiB, mib
+from .report import MemoryReport, MiB, engine_title, in_each, mib
+from .sharding import Sharding, find_sharding
 
 
 if TYPE_CHECKING:
@@ -58,12 +59,21 @@ class Plan:
         batch_size: Batch size of the reports.
         budget: Bytes that a training step may take, None for no limit.
         rows: One for each method.
+        sharding: How several processes share the work; None for one process. The batch, the budget and the reports are
+            those of one of them.
     """
 
     model: VisionModel
     batch_size: int
     budget: int | None
     rows: tuple[PlannedMethod, ...]
+    sharding: Sharding | None = None
+
+    @property
+    def title(self) -> str:
+        """What the plan is about."""
+        shared = in_each(self.sharding.processes, self.sharding.engine) if self.sharding is not None else ""
+        return f"{self.model.name}, batch of {self.batch_size}{shared}"
 
     def to_dict(self) -> dict[str, Any]:
         """All figures as plain data, in bytes, fit for JSON."""
@@ -71,6 +81,8 @@ class Plan:
             "model": self.model.name,
             "batch_size": self.batch_size,
             "budget_bytes": self.budget,
+            "processes": self.sharding.processes if self.sharding is not None else 1,
+            "sharding": self.sharding.engine if self.sharding is not None else None,
             "methods": [row.to_dict() for row in self.rows],
         }
 
@@ -78,13 +90,12 @@ class Plan:
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(
-            title=f"{self.model.name}, batch of {self.batch_size}: estimated memory of a training step",
-            title_justify="left",
-        )
+        table = Table(title=f"{self.title}: estimated memory of a training step", title_justify="left")
         table.add_column("method")
         table.add_column("trains", overflow="fold")
         headings = ["trainable", "%", "saved\nMiB/image", "peak\nMiB", "of it\nthe step"]
+        if self.sharding is not None:
+            headings.append(f"of that\n{engine_title(self.sharding.engine)}")
         if self.budget is not None:
             headings.append(f"largest batch\nin {self.budget / 2**30:.4g} GiB")
         for heading in headings:
@@ -100,6 +111,7 @@ class Plan:
                 mib(report.saved_bytes / self.batch_size),
                 mib(report.peak_bytes),
                 mib(report.step_peak_bytes),
+                *([mib(report.peak.engine)] if self.sharding is not None else []),
             ]
             if row.largest_batch_size is not None:
                 cells.append(str(row.largest_batch_size) if row.largest_batch_size else "none fits")
@@ -132,6 +144,7 @@ class Plan:
             ("gradients", ("gradients",), "#e6ab02"),
             ("kept activations", ("kept",), "#1b9e77"),
             ("working set", ("working",), "#7570b3"),
+            *([(f"added by {engine_title(self.sharding.engine)}", ("engine",), "#d95f02")] if self.sharding else []),
         ):
             widths = [sum(getattr(peak, name) for name in attributes) / MiB for _, peak in rows]
             bars = axes.barh([name for name, _ in rows], widths, left=left, label=label, color=color)
@@ -140,7 +153,7 @@ class Plan:
         if self.budget is not None and self.budget / MiB < 1.2 * max(left, default=0):
             axes.axvline(self.budget / MiB, color="black", linewidth=0.8, linestyle=":")
         axes.margins(x=0.1)
-        axes.set(xlabel="peak of a training step, MiB", title=f"{self.model.name}, batch of {self.batch_size}")
+        axes.set(xlabel="peak of a training step, MiB", title=self.title)
         axes.legend(fontsize="small")
         figure.savefig(path, dpi=150)
 
@@ -155,6 +168,9 @@ def plan_memory(
     dtype: torch.dtype = torch.float32,
     autocast: torch.dtype | None = None,
     device: str | None = None,
+    processes: int = 1,
+    sharding: str | None = None,
+    reduce_bucket_size: int | None = None,
     track: Callable[[Iterable[Method]], Iterable[Method]] = iter,
 ) -> Plan:
     """Estimates the memory of fine-tuning a model by several methods, without allocating it.
@@ -171,11 +187,14 @@ def plan_memory(
         dtype: Of parameters and images.
         autocast: Low-precision dtype of the forward pass, None for none.
         device: As for `estimate_memory`.
+        processes, sharding, reduce_bucket_size: As for `estimate_memory`; then the batch, the budget and all figures are
+            those of one process.
         track: Wraps the iteration over the methods, to show progress.
 
     Raises:
-        ValueError: If the model cannot be made or estimated.
+        ValueError: If the model cannot be made or estimated, or the arguments for several processes do not go together.
     """
+    shared = find_sharding(processes, sharding, reduce_bucket_size)
 
     def planned(method: Method) -> PlannedMethod:
         base = model.build(dtype=dtype)
@@ -195,9 +214,12 @@ def plan_memory(
                 loss_fn=model.loss_fn,
                 autocast=autocast,
                 device=device,
+                processes=processes,
+                sharding=sharding,
+                reduce_bucket_size=reduce_bucket_size,
             )
 
         largest = largest_batch_size(report, budget, start=batch_size) if budget is not None else None
         return PlannedMethod(method, report(batch_size), largest)
 
-    return Plan(model, batch_size, budget, tuple(planned(method) for method in track(methods.values())))
+    return Plan(model, batch_size, budget, tuple(planned(method) for method in track(methods.values())), shared)

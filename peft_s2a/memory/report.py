@@ -57,6 +57,7 @@ class PeakBytes:
         phase: "forward", "backward" or "optimizer".
         module: Name of the module at work ("" outside any).
         operator: Name of the operator at work, such as "aten::addmm".
+        engine: What an engine for several processes adds: buckets, gathered parameters, flat buffers.
     """
 
     parameters: int
@@ -68,10 +69,12 @@ class PeakBytes:
     phase: str
     module: str
     operator: str
+    engine: int = 0
 
     @property
     def total(self) -> int:
-        return self.parameters + self.batch + self.optimizer + self.gradients + self.kept + self.working
+        fixed = self.parameters + self.batch + self.optimizer
+        return fixed + self.gradients + self.kept + self.working + self.engine
 
 
 @dataclass(frozen=True)
@@ -99,8 +102,11 @@ class MemoryReport:
         sharp_attention: {module: by how much the codes move the logits of its attention} where that is too much for
             precise gradients (`activations.wrap.sharp_attention`); empty in an estimate.
         step_seconds: Duration of one step, None in an estimate.
-        timeline: For each operator of the step, in order: (phase, gradients, kept, working) live at its own peak. Of a
-            measured step it is that of the watched run, which may reach above `peak`.
+        timeline: For each operator of the step, in order: (phase, gradients, kept, working, engine) live at its own
+            peak. Of a measured step it is that of the watched run, which may reach above `peak`.
+        processes: How many processes train together. Bytes and the batch are those of one of them, the numbers of
+            parameters those of the model.
+        sharding: The engine they do it under ("ddp", "fsdp2", "zero2", "zero3"), None for one process.
     """
 
     source: str
@@ -119,7 +125,9 @@ class MemoryReport:
     unplanned: Mapping[str, str] = field(default_factory=dict)
     sharp_attention: Mapping[str, float] = field(default_factory=dict)
     step_seconds: float | None = None
-    timeline: tuple[tuple[str, int, int, int], ...] = field(default=(), repr=False)
+    timeline: tuple[tuple[str, int, int, int, int], ...] = field(default=(), repr=False)
+    processes: int = 1
+    sharding: str | None = None
 
     @property
     def peak_bytes(self) -> int:
@@ -129,7 +137,7 @@ class MemoryReport:
     @property
     def step_peak_bytes(self) -> int:
         """The part of `peak_bytes` that the step itself adds to parameters, optimiser state and batch."""
-        return self.peak.gradients + self.peak.kept + self.peak.working
+        return self.peak.gradients + self.peak.kept + self.peak.working + self.peak.engine
 
     @property
     def kept(self) -> KeptBytes:
@@ -166,6 +174,7 @@ class MemoryReport:
             ("gradients", self.peak.gradients),
             ("kept activations", self.peak.kept),
             ("working set", self.peak.working),
+            *([("added by " + engine_title(self.sharding), self.peak.engine)] if self.sharding is not None else []),
         ):
             peak.add_row(label, mib(size), f"{size / max(self.peak_bytes, 1):.1%}")
         peak.add_section()
@@ -175,7 +184,7 @@ class MemoryReport:
         place = f"{self.peak.operator}{' of ' if self.peak.module else ''}{self.peak.module}"
         duration = f" It takes {self.step_seconds:.3f} s." if self.step_seconds is not None else ""
         return Group(
-            f"{how} memory of a training step: {self.device}, batch of {self.batch_size}, "
+            f"{how} memory of a training step: {self.device}, batch of {self.batch_size}{in_each(self.processes, self.sharding)}, "
             f"{self.trainable_parameters:,} of {self.total_parameters:,} parameters trained "
             f"({self.trainable_parameters / max(self.total_parameters, 1):.2%})",
             peak,
@@ -243,10 +252,15 @@ class MemoryReport:
         live, kept = figure.subplots(1, 2, width_ratios=(3, 2))
 
         fixed = self.peak.parameters + self.peak.batch + self.peak.optimizer
-        columns = list(zip(*(row[1:] for row in self.timeline))) or [(0,)] * 3
+        columns = list(zip(*(row[1:] for row in self.timeline))) or [(0,)] * 4
         layers = [[fixed / MiB] * len(columns[0]), *([size / MiB for size in column] for column in columns)]
         labels = ["parameters, optimiser, batch", "gradients", "kept activations", "working set"]
         colors = ["#bdbdbd", "#e6ab02", "#1b9e77", "#7570b3"]
+        if self.sharding is None:
+            del layers[-1]
+        else:
+            labels.append(f"added by {engine_title(self.sharding)}")
+            colors.append("#d95f02")
         live.stackplot(range(len(columns[0])), layers, labels=labels, colors=colors, step="mid")
         for phase in PHASES[1:]:
             start = next((index for index, row in enumerate(self.timeline) if row[0] == phase), None)
@@ -273,6 +287,19 @@ class MemoryReport:
 
         figure.suptitle(f"Training step, {self.source}: {self.device}, batch of {self.batch_size}")
         figure.savefig(path, dpi=150)
+
+
+ENGINE_TITLES = {"ddp": "DDP", "fsdp2": "FSDP2", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
+
+
+def engine_title(sharding: str) -> str:
+    """What users call an engine."""
+    return ENGINE_TITLES[sharding]
+
+
+def in_each(processes: int, sharding: str | None) -> str:
+    """Of which processes a report speaks, as a part of a sentence; empty for one process."""
+    return "" if sharding is None else f" in each of {processes:,} processes ({engine_title(sharding)})"
 
 
 def mib(size: float) -> str:

@@ -31,6 +31,7 @@ from peft_s2a.compat import (
 )
 
 from .report import KeptBytes, MemoryReport, PeakBytes
+from .sharding import Row, Sharding, Share, share_of
 
 
 # What a live storage is. The first three are there before the step and last through it.
@@ -107,7 +108,8 @@ class StepTrace:
         self._in_optimizer = False
         self._is_packing = False
         self._unpacked: dict[int, int] = defaultdict(int)
-        self._max_gradients = 0
+        self.accumulated: list[tuple[int, str]] = []  # (operators so far, parameter whose gradient is complete)
+        self._gradients = 0
         self._contexts = ExitStack()
 
         for tensor in (*model.parameters(), *model.buffers()):
@@ -128,9 +130,9 @@ class StepTrace:
         for name, module in self.model.named_modules():
             remove(module.register_forward_pre_hook(self._entering(name)).remove)
             remove(module.register_forward_hook(self._leave_module, always_call=True).remove)
-        for parameter in self.model.parameters():
+        for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
-                remove(parameter.register_post_accumulate_grad_hook(self._accumulated).remove)
+                remove(parameter.register_post_accumulate_grad_hook(self._accumulated(name)).remove)
         if self.optimizer is not None:
             remove(self.optimizer.register_step_pre_hook(self._optimizer_begins).remove)
             remove(self.optimizer.register_step_post_hook(self._optimizer_ends).remove)
@@ -172,11 +174,15 @@ class StepTrace:
                 if record is not None and record.category == WORKING:
                     self._move(record, OPTIMIZER)
 
-    def _accumulated(self, parameter: torch.Tensor) -> None:
-        record = self._add(parameter.grad, GRADIENT)
-        if record is not None and record.category == WORKING:
-            self._move(record, GRADIENT)
-        self._max_gradients = max(self._max_gradients, self.live[GRADIENT])
+    def _accumulated(self, name: str):
+        def accumulated(parameter: torch.Tensor) -> None:
+            record = self._add(parameter.grad, GRADIENT)
+            if record is not None and record.category == WORKING:
+                self._move(record, GRADIENT)
+            self._gradients = max(self._gradients, self.live[GRADIENT])
+            self.accumulated.append((len(self.moments), name))
+
+        return accumulated
 
     def _optimizer_begins(self, *_) -> None:
         self._in_optimizer = True
@@ -208,13 +214,18 @@ class StepTrace:
     # Places
 
     def _entering(self, name: str):
-        name = _without_wrappers(name)
+        name = self.name_of(name)
 
         def enter_module(module, args):
             self._modules.append(name)
             self._mark_module(name)
 
         return enter_module
+
+    @staticmethod
+    def name_of(name: str) -> str:
+        """A module's name in the model that PEFT wrapped."""
+        return re.sub(r"^base_model(\.model(\.|$)|$)", "", name)
 
     def _leave_module(self, module, args, output) -> None:
         self._modules.pop()
@@ -303,21 +314,25 @@ class StepTrace:
             modules[owner.module] += size
         return _sorted(operators), _sorted(modules)
 
-    def report(self, source: str, device: str, step_seconds: float | None = None) -> MemoryReport:
-        """What was seen, once the step is over.
+    def report(
+        self, source: str, device: str, step_seconds: float | None = None, sharding: Sharding | None = None
+    ) -> MemoryReport:
+        """What was seen, once the step is over; under `sharding` the part of one of its processes.
 
         Raises:
             RuntimeError: If no operator was seen.
         """
         if not self.moments:
             raise RuntimeError("no operator ran within the trace: run the training step inside its context")
-        peaks = self.meter.peaks(self)
-        timeline = tuple(
-            (moment.phase, moment.gradients, moment.kept, max(peak, moment.live) - moment.gradients - moment.kept)
-            for moment, peak in zip(self.moments, peaks)
+        rows = tuple(
+            Row(m.phase, m.module, m.operator, m.gradients, m.kept, max(peak, m.live) - m.gradients - m.kept)
+            for m, peak in zip(self.moments, self.meter.peaks(self))
         )
-        at = max(range(len(timeline)), key=lambda index: sum(timeline[index][1:]))
-        _, gradients, kept, working = timeline[at]
+        share, gradients = Share(self.live[PARAMETER], self.live[OPTIMIZER], rows), self._gradients
+        if sharding is not None:
+            share = share_of(sharding, self, share)
+            gradients = max(row.gradients for row in share.rows)
+        at = max(share.rows, key=lambda row: row.total)
         by_operator, by_module = self.kept()
         parameters = list(self.model.parameters())
         return MemoryReport(
@@ -326,28 +341,31 @@ class StepTrace:
             batch_size=self.batch_size,
             trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
             total_parameters=sum(p.numel() for p in parameters),
-            parameter_bytes=self.live[PARAMETER],
-            gradient_bytes=self._max_gradients,
-            optimizer_bytes=self.live[OPTIMIZER],
+            parameter_bytes=share.parameters,
+            gradient_bytes=gradients,
+            optimizer_bytes=share.optimizer,
             batch_bytes=self.live[BATCH],
             saved_bytes=sum(record.size for record in self._kept),
             by_operator=by_operator,
             by_module=by_module,
             peak=PeakBytes(
-                parameters=self.live[PARAMETER],
+                parameters=share.parameters,
                 batch=self.live[BATCH],
-                optimizer=self.live[OPTIMIZER],
-                gradients=gradients,
-                kept=kept,
-                working=working,
-                phase=self.moments[at].phase,
-                module=self.moments[at].module,
-                operator=self.moments[at].operator,
+                optimizer=share.optimizer,
+                gradients=at.gradients,
+                kept=at.kept,
+                working=at.working,
+                phase=at.phase,
+                module=at.module,
+                operator=at.operator,
+                engine=at.engine,
             ),
-            unplanned={_without_wrappers(name): reason for name, reason in unplanned(self.model).items()},
-            sharp_attention={_without_wrappers(name): error for name, error in sharp_attention(self.model).items()},
+            unplanned={self.name_of(name): reason for name, reason in unplanned(self.model).items()},
+            sharp_attention={self.name_of(name): error for name, error in sharp_attention(self.model).items()},
             step_seconds=step_seconds,
-            timeline=timeline,
+            timeline=tuple((row.phase, row.gradients, row.kept, row.working, row.engine) for row in share.rows),
+            processes=sharding.processes if sharding is not None else 1,
+            sharding=sharding.engine if sharding is not None else None,
         )
 
 
@@ -358,11 +376,6 @@ class _Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         return self.trace.operator(function, args, kwargs or {})
-
-
-def _without_wrappers(name: str) -> str:
-    """A module's name in the model that PEFT wrapped."""
-    return re.sub(r"^base_model(\.model(\.|$)|$)", "", name)
 
 
 def _tensors(tree: Any) -> Iterable[torch.Tensor]:

@@ -36,6 +36,8 @@ def test_every_result_names_its_hardware_versions_and_date(path):
         "demo",
         "models",
         "plans",
+        "ranks",
+        "traffic",
         "widths",
     ):  # one of each: made anywhere
         assert path.stem.endswith(slug(environment["device"]))
