@@ -6,7 +6,8 @@
 
 Each tiny model, with random weights, goes through the checks of `tests/placement_checks.py`: its output is the stock
 model's at the start, a gradient reaches all that is declared trained, the loss falls within eight steps of Adam at a
-learning rate of 5e-3, and a saved adapter gives an equal model. Then the bytes that a training step keeps are measured.
+learning rate of 5e-3 (within thirty where a wide head overshoots in the first, as it does when it is trained alone), and a
+saved adapter gives an equal model. Then the bytes that a training step keeps are measured.
 
 Writes `benchmarks/results/models.json` and `docs/models.md`.
 """
@@ -39,8 +40,8 @@ INTRODUCTION = """# Models and tasks
 
 What `S2AConfig()` does on {count} tiny models with random weights, of every task that vision models are used for. On each it is
 checked that the output is the stock model's at the start, bit for bit; that a gradient reaches everything that is declared trained;
-that the loss falls within eight steps of Adam at a learning rate of 5e-3 (of 5e-4 on VOLO); and that a saved adapter gives an equal model
-when it is loaded. {passed} of {count} pass{failures}
+that the loss falls within eight steps of Adam at a learning rate of 5e-3 (within thirty on MViTv2 and VOLO, whose wide heads overshoot
+in the first step, alone and under LoRA too); and that a saved adapter gives an equal model when it is loaded. {passed} of {count} pass{failures}
 
 Columns: on how many modules each structure sits; which modules are trained in full; and what share of the bytes kept for the backward
 pass is still in full precision. The shares are those of tiny models; `peft-s2a profile` measures

@@ -700,7 +700,8 @@ TIMM = {
     "timm volo": _timm("volo_d1_224", img_size=SIZE),
     "timm hiera": _timm("hiera_tiny_224", size=64, img_size=64, embed_dim=16, stages=(1, 1, 1, 1)),
     "timm fastvit": _timm("fastvit_t8", layers=(1, 1, 1, 1), embed_dims=(8, 16, 32, 64)),
-    "timm ghostnetv3": _timm("ghostnetv3_050"),
+    # of smaller images the last stages would keep single pixels, of which no statistics can be fitted
+    "timm ghostnetv3": _timm("ghostnetv3_050", size=128),
     "timm caformer": _timm("caformer_s18"),
     "timm poolformerv2": _timm("poolformerv2_s12"),
     "timm repvit": _timm("repvit_m0_9", embed_dim=(8, 16, 16, 32), depth=(1, 1, 2, 1)),
@@ -821,9 +822,6 @@ DIFFUSERS = {
 }  # fmt: skip
 
 ZOO = {**TRANSFORMERS, **TIMM, **DIFFUSERS}
-
-# Where a first step of 5e-3 overshoots, with biases alone as well.
-LEARNING_RATES = {"timm volo": 5e-4}
 
 # What models put out beside the task's result.
 _FEATURES = (
