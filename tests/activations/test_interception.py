@@ -110,6 +110,7 @@ OPERATORS = {
     "gate": lambda x: F.silu(x) * (x + 1),
     "gate broadcast": lambda x: torch.mul(x, x.mean(1, keepdim=True).sigmoid()),
     "norms": lambda x: x * torch.linalg.vector_norm(x, ord=2, dim=(1, 2), keepdim=True),
+    "global response norm": lambda x: x * x.norm(p=2, dim=(1, 2), keepdim=True),
     "norm of everything": torch.linalg.vector_norm,
     "frozen conv1d": lambda x: F.conv1d(x, kernel(4, TOKENS, 3), padding=1),
     "frozen conv2d": lambda x: F.conv2d(windows(x), kernel(4, 1, 3, 2), stride=(2, 3), padding=(1, 0), dilation=2),

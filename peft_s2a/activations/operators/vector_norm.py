@@ -45,3 +45,13 @@ def _vector_norm(mode, x, ord=2, dim=None, keepdim=False, *, dtype=None, out=Non
     if ord != 2 or dtype is not None:
         return NotImplemented
     return vector_norm(x, [dim] if isinstance(dim, int) else dim, keepdim, quantizer=mode.quantizer("norm"))
+
+
+@handles(torch.norm, Tensor.norm)
+def _norm(mode, input, p="fro", dim=None, keepdim=False, out=None, dtype=None):
+    """Both are deprecated, and call `torch.linalg.vector_norm` past function modes, as global response norms in timm do."""
+    dims = [dim] if isinstance(dim, int) else dim
+    is_frobenius = p == "fro" and (dims is None or 0 < len(dims) <= 2)
+    if dtype is not None or not (is_frobenius or (not isinstance(p, str) and p == 2)):
+        return NotImplemented
+    return vector_norm(input, dims, keepdim, quantizer=mode.quantizer("norm"))
