@@ -116,7 +116,9 @@ def keep_from_gloo() -> None:
 
 def held(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes that tensors, or the shards of them in this process, take."""
-    local = [t.to_local() if hasattr(t, "to_local") else getattr(t, "ds_tensor", t) for t in tensors]
+    tensors = list(tensors)
+    local = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
+    local += [t.ds_tensor for t in tensors if hasattr(t, "ds_tensor")]  # ZeRO-3's part; small ones are whole besides
     storages = {s.data_ptr(): s.nbytes() for s in (tensor.untyped_storage() for tensor in local)}
     return sum(storages.values())
 
@@ -149,7 +151,12 @@ def under_deepspeed(engine: str, net: nn.Module, batch_size: int, bucket: int) -
     trained = [p for p in net.parameters() if p.requires_grad]
     config = {
         "train_micro_batch_size_per_gpu": batch_size,
-        "zero_optimization": {"stage": int(engine[-1]), "reduce_bucket_size": bucket},
+        # Its own linear layer would keep the input of every frozen layer, and hide the layer from what makes codes.
+        "zero_optimization": {
+            "stage": int(engine[-1]),
+            "reduce_bucket_size": bucket,
+            "memory_efficient_linear": False,
+        },
         "zero_allow_untested_optimizer": True,
     }
     wrapped, *_ = deepspeed.initialize(model=net, optimizer=torch.optim.AdamW(trained), config=config)
@@ -176,7 +183,20 @@ def estimate(model: str, method: str, engine: str, batch_size: int, bucket: int 
 
 
 def compare(model: str, methods: Sequence[str], engines: Sequence[str], batch_size: int) -> list[dict[str, Any]]:
-    """Measured in two processes, and estimated: a row for each engine and method."""
+    """Measured in two processes, and estimated in this one: a row for each engine and method."""
+    is_deepspeed = [engine.startswith("zero") for engine in engines]
+    apart = [
+        [engine] for engine, alone in zip(engines, is_deepspeed, strict=True) if alone
+    ]  # it replaces parts of torch
+    together = [engine for engine, alone in zip(engines, is_deepspeed, strict=True) if not alone]
+    rows = [row for some in ([together] if together else []) + apart for row in run(model, methods, some, batch_size)]
+    for row in rows:
+        row["estimated"] = estimate(model, row["method"], row["engine"], batch_size)
+    return rows
+
+
+def run(model: str, methods: Sequence[str], engines: Sequence[str], batch_size: int) -> list[dict[str, Any]]:
+    """What two processes are measured to hold."""
     with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
@@ -219,10 +239,7 @@ def work(settings: dict[str, Any]) -> None:
         for method in settings["methods"]:
             case = {"model": settings["model"], "method": method, "engine": engine}
             case["batch_size"] = settings["batch_size"]
-            row: dict[str, Any] = {**case, "processes": PROCESSES, "measured": measure(**case)}
-            if dist.get_rank() == 0:
-                row["estimated"] = estimate(**case)
-            rows.append(row)
+            rows.append({**case, "processes": PROCESSES, "measured": measure(**case)})
     (Path(settings["to"]) / f"{dist.get_rank()}.json").write_text(json.dumps(rows))
     dist.destroy_process_group()
 

@@ -37,6 +37,23 @@ def refuse_tensor_parallel(model: nn.Module) -> None:
         raise TensorParallelError(f"The model is tensor-parallel: {found}. {WAYS_OUT}")
 
 
+def refuse_partitioned(model: nn.Module) -> None:
+    """Does nothing to a model whose weights have their shapes, from which an adapter takes its own.
+
+    Raises:
+        ValueError: If DeepSpeed's ZeRO-3 spread the weights when they were read. The model is as it was.
+    """
+    for name, parameter in model.named_parameters():
+        shape = getattr(parameter, "ds_shape", None)
+        if shape is not None and parameter.shape != shape:
+            raise ValueError(
+                f"ZeRO-3 spread the weights over processes when they were read: `{name}`, of shape {tuple(shape)}, is "
+                f"{tuple(parameter.shape)} here, and an adapter takes its shapes from them. Read the model and add the "
+                "adapter before there is a ZeRO-3 configuration and call `deepspeed.initialize` then, or train with "
+                "ZeRO-2, FSDP2 (`fully_shard`) or DistributedDataParallel; see docs/distributed.md."
+            )
+
+
 def is_distributed(tensor: torch.Tensor) -> bool:
     """Whether it is a `DTensor`: what a layer of torch's tensor parallelism computes with."""
     distributed = sys.modules.get("torch.distributed.tensor")  # without it there are none, and importing it takes time

@@ -27,7 +27,7 @@ from peft_s2a.anatomy import (
 from peft_s2a.compat import BufferDict, ExcludedModule, is_quantized_weight
 from peft_s2a.config import _S2ABaseConfig
 from peft_s2a.loading import check_values, some
-from peft_s2a.parallelism import TensorParallelError, refuse_tensor_parallel
+from peft_s2a.parallelism import refuse_partitioned, refuse_tensor_parallel
 from peft_s2a.registration import PREFIX
 from peft_s2a.tuners.batch_norm import BatchNormLayer, FrozenStatistics
 from peft_s2a.tuners.bias import BiasLayer
@@ -86,7 +86,8 @@ class S2AModel(BaseTuner):
             )
         try:
             refuse_tensor_parallel(model)
-        except TensorParallelError:
+            refuse_partitioned(model)
+        except ValueError:
             self._discard_adapter(adapter_name)
             raise
         # What is decided for this model goes into a copy, so that the user's configuration serves other models too.

@@ -1,5 +1,6 @@
 """The configurations of `examples/distributed/` in two processes on the CPU: losses, adapters and resuming."""
 
+import importlib.util
 import json
 import shutil
 
@@ -25,7 +26,8 @@ def train(checkpoint, image_folders, tmp_path_factory):
         output_dir = output_dir or tmp_path_factory.mktemp("run")
         run_script(
             EXAMPLES / "image_classification.py",
-            *("--model_name_or_path", checkpoint, "--output_dir", output_dir, "--use_cpu", "--max_steps", "4"),
+            *("--model_name_or_path", checkpoint, "--output_dir", output_dir, "--max_steps", "4"),
+            *(("--ddp_backend", "gloo") if "deepspeed" in "".join(launcher) else ("--use_cpu",)),
             *("--train_dir", image_folders / "train", "--validation_dir", image_folders / "validation"),
             *("--method", "s2a", "--activation_bits", "0", "--augmentation", "none", "--learning_rate", "1e-2"),
             *("--logging_steps", "1", "--eval_strategy", "no", "--save_strategy", "steps", "--save_steps", "2"),
@@ -57,6 +59,20 @@ def test_two_processes_train_as_one_and_resume(engine, train, alone, tmp_path):
     resume = ("--resume_from_checkpoint", "last")
     _, _, resumed = train(*resume, launcher=ENGINES[engine], output_dir=tmp_path)
     assert all(resumed[name].equal(value) for name, value in adapter.items())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+def test_zero2_through_accelerate_and_trainer(train, alone, monkeypatch):
+    """Two processes on a CPU, which Accelerate counts as two if it is given their backend, and as one otherwise."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    launcher = ("-m", "accelerate.commands.launch", "--config_file", str(CONFIGURATIONS / "deepspeed_zero2.yaml"))
+    _, expected_losses, expected = alone
+    _, losses, adapter = train(launcher=(*launcher, *FREE_PORT))
+    assert losses == pytest.approx(expected_losses, rel=1e-3) and losses[-1] < losses[0]
+    assert adapter.keys() == expected.keys()
+    for name, value in expected.items():
+        assert adapter[name].shape == value.shape and (adapter[name] - value).abs().max() < 1e-3, name
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGURATIONS.glob("*.yaml")), ids=lambda path: path.stem)

@@ -74,6 +74,17 @@ def test_a_plan_of_transformers_is_refused(change, vit):
         changes(vit)[change]()
 
 
+def test_weights_that_zero3_spread_are_refused(vit):
+    weight = vit.vit.layers[0].mlp.fc1.weight
+    weight.ds_shape, weight.data = weight.shape, torch.empty(0)  # what `zero.Init` leaves of it
+    before = state_of(vit)
+    with pytest.raises(
+        ValueError, match=r"ZeRO-3 spread the weights.*`vit.layers.0.mlp.fc1.weight`.*deepspeed.initialize"
+    ):
+        get_peft_model(vit, S2AConfig())
+    assert state_of(vit) == before
+
+
 def test_norms_on_parts_of_a_sequence_are_refused(vit, mesh):
     parallelize_module(vit, mesh, {"vit.layernorm": SequenceParallel()})
     with pytest.raises(TensorParallelError, match=r"`vit.layernorm` is a DTensor"):
