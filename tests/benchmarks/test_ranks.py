@@ -28,6 +28,7 @@ def check(rows):
         assert estimated["parts"]["engine"] > 0
 
 
+@pytest.mark.slow  # half a minute of one core, most of it spent on imports
 def test_two_processes_hold_what_is_estimated(small):
     rows = ranks.compare(small, ["lora"], ["ddp", "fsdp2"], batch_size=4)
     assert len(rows) == 2
