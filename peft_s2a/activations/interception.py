@@ -21,6 +21,7 @@ from . import masks, notes
 from .config import WIDE_HEAD, ActivationQuantizationConfig
 from .operators import HANDLERS
 from .operators.inline import power
+from .operators.vector_norm import norm
 from .plans.planner import as_before
 from .quantizer import Quantizer
 
@@ -69,8 +70,8 @@ class OperatorMode(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         notes.before_call(func, args, kwargs)
-        # torch.compile finds this one in no dict: it is a function that torch has written in Python
-        handler = power if func is Tensor.__pow__ else HANDLERS.get(func)
+        # torch.compile finds these in no dict: they are functions that torch has written in Python
+        handler = power if func is Tensor.__pow__ else norm if func is Tensor.norm else HANDLERS.get(func)
         if handler is not None and torch.is_grad_enabled() and not _left_to_stock(args, kwargs):
             result = handler(self, *args, **(kwargs or {}))
             if result is not NotImplemented:

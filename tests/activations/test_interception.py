@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from peft_s2a.activations import operators
 from peft_s2a.activations.config import ActivationQuantizationConfig
@@ -426,3 +426,16 @@ class TestProducts:
         y = operators.normalize(leaf * 1, 1e-3, quantizer=self.QUANTIZER)
         (gradient,) = torch.autograd.grad(y.sum(), leaf)
         torch.testing.assert_close(gradient, torch.full((2, 4), 1e3, dtype=torch.double))
+
+
+@pytest.mark.parametrize("norm", [Tensor.norm, torch.norm])
+def test_torch_compile_finds_norms_written_in_python(norm):
+    def function(x):
+        return x * norm(x * 1, p=2, dim=1, keepdim=True)
+
+    gradients = []
+    for compute in (function, torch.compile(function, backend="aot_eager", fullgraph=True)):
+        leaf, _ = inputs(BATCH, TOKENS, WIDTH)
+        with mode(bits=8, group_size=16):
+            gradients.append(torch.autograd.grad(compute(leaf).sum(), leaf)[0])
+    torch.testing.assert_close(*gradients)

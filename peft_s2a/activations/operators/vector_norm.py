@@ -47,8 +47,8 @@ def _vector_norm(mode, x, ord=2, dim=None, keepdim=False, *, dtype=None, out=Non
     return vector_norm(x, [dim] if isinstance(dim, int) else dim, keepdim, quantizer=mode.quantizer("norm"))
 
 
-@handles(torch.norm, Tensor.norm)
-def _norm(mode, input, p="fro", dim=None, keepdim=False, out=None, dtype=None):
+@handles(torch.norm)  # and `Tensor.norm`, see `interception`
+def norm(mode, input, p="fro", dim=None, keepdim=False, out=None, dtype=None):
     """Both are deprecated, and call `torch.linalg.vector_norm` past function modes, as global response norms in timm do."""
     dims = [dim] if isinstance(dim, int) else dim
     is_frobenius = p == "fro" and (dims is None or 0 < len(dims) <= 2)
