@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..compat import TreeSpec, tree_flatten, tree_unflatten
@@ -36,6 +37,28 @@ FUNCTIONS = _ENLARGING | {
     Tensor.eq, Tensor.ne, Tensor.lt, Tensor.le, Tensor.gt, Tensor.ge, torch.eq, torch.ne, torch.lt, torch.gt,
     Tensor.masked_fill, torch.masked_fill, Tensor.sigmoid, torch.sigmoid, nn.functional.interpolate,
 }  # fmt: skip
+
+
+_SUMS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__}
+# What `call_compiled` looks at: what masks and position biases end in.
+COMPILED_FUNCTIONS = _SUMS | {Tensor.__getitem__, Tensor.contiguous}
+
+
+def call_compiled(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """`call` for `torch.compile`, one of `COMPILED_FUNCTIONS`: what is made of less is computed again in backward.
+
+    A compiler weighs that by itself for operators that it fuses, which those that keep masks are not; so it is told, by
+    a checkpoint around the one call.
+    """
+    result = function(*args, **kwargs)
+    tensors = [x for x in args if isinstance(x, Tensor)]
+    if kwargs or not isinstance(result, Tensor) or any(x.requires_grad for x in tensors):
+        return result
+    if function is Tensor.contiguous:
+        again = not tensors[0].is_contiguous()  # what it is made of may itself be made again
+    else:
+        again = len(tensors) == 2 and sum(x.nbytes for x in tensors if not isinstance(x, nn.Parameter)) < result.nbytes
+    return checkpoint(function, *args, use_reentrant=False) if again else result
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 ``s2a::name`` runs what torch's dispatcher finds for the device: the fused kernels of `backends`, which register
 themselves at the first call there, or the reference. ``s2a_reference::name`` is always the reference. `op_set` picks.
 
-Ops know tensors and codes, not modules and not autograd; `operators` are built on them, which are differentiable. All are
-pure. ``R`` and ``C`` are rows and row length, ``W`` is ``codec.packed_width(C, bits)``; ``seed`` is a 0-dim int64 CPU
+Ops know tensors and codes, not modules and not autograd; `operators` are built on them, which are differentiable. All but
+those whose name ends in an underscore are pure. ``R`` and ``C`` are rows and row length, ``W`` is ``codec.packed_width(C, bits)``; ``seed`` is a 0-dim int64 CPU
 tensor, drawn for stochastic rounding, or None for rounding to nearest.
 """
 
@@ -60,6 +60,11 @@ def encode_levels(values, levels, bits, seed):
 def scale_by_levels(grad, packed, levels, bits):
     """``grad * levels[code]``: shape and dtype of ``grad``, contiguous."""
     return torch.empty_like(grad, memory_format=torch.contiguous_format)
+
+
+@_op("(Tensor(a!) grad, Tensor packed, float[] levels, int bits) -> ()")
+def scale_by_levels_(grad, packed, levels, bits):
+    """`scale_by_levels` in place, of a contiguous ``grad``."""
 
 
 @_op("(Tensor x, int bits, int group_size, Tensor? seed) -> (Tensor, Tensor)")

@@ -101,6 +101,9 @@ def _check_values(backend: ModuleType, x: Tensor, grad: Tensor, table) -> None:
     assert torch.equal(backend.encode_steps(x, table.thresholds, table.codes, table.bits), theirs)
     scaled = [each.scale_by_levels(grad, theirs, table.levels, table.bits) for each in (backend, reference)]
     assert_close(*scaled, ulps=1)
+    over = grad.clone()
+    assert backend.scale_by_levels_(over, theirs, table.levels, table.bits) is None
+    torch.testing.assert_close(over, scaled[0], rtol=0, atol=0, equal_nan=True)
 
 
 def check_groups(backend: ModuleType, device, dtype, bits, seed, rows, count, group, rounding) -> None:

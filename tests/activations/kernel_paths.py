@@ -81,7 +81,9 @@ def _queries(case: Case) -> tuple[int, ...]:
 def _steps(ops, case, x, grad):
     table = code_table("gelu", (), case.bits, None, x.dtype == torch.float64)
     packed = ops.encode_steps(x, table.thresholds, table.codes, table.bits)
-    return packed, ops.scale_by_levels(grad, packed, table.levels, table.bits)
+    over = grad.clone(memory_format=torch.contiguous_format)
+    ops.scale_by_levels_(over, packed, table.levels, table.bits)
+    return packed, ops.scale_by_levels(grad, packed, table.levels, table.bits), over
 
 
 @_path(x=_rows, grad=_rows)

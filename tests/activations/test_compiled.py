@@ -201,6 +201,7 @@ class TestArguments:
             "one code more": lambda: ops.encode_steps(self.X.view(-1), [0.0], [0], 1),
             "fit into": lambda: ops.encode_steps(self.X.view(-1), [0.0], [0, 2], 1),
             "levels": lambda: ops.scale_by_levels(self.X.view(-1), packed.view(-1), [], 4),
+            "contiguous": lambda: ops.scale_by_levels_(self.X.t(), packed.view(-1), [0.0] * 16, 4),
             "rstd": lambda: ops.norm_backward(
                 self.X, packed, scales, torch.ones(3), empty, None, True, 4, 8, [True] * 3
             ),

@@ -26,6 +26,7 @@ def _calls():
         "encode_steps": (permuted, [-0.5, 0.5], [0, 1, 2], 2),
         "encode_levels": (permuted, [0.0, 0.2, 0.5, 1.0], 2, seed),
         "scale_by_levels": (grad.t(), torch.randint(0, 255, (30,), dtype=torch.uint8), [0.0, 0.2, 0.5, 1.0], 2),
+        "scale_by_levels_": (grad.clone(), torch.randint(0, 255, (30,), dtype=torch.uint8), [0.0, 0.2, 0.5, 1.0], 2),
         "encode_groups": (x, 3, 8, seed),
         "decode_groups": (*groups, 3, 8, 24, torch.float32),
         "encode_roots": (x.abs(), 3, 8, seed),

@@ -43,6 +43,10 @@ def scale_by_levels(grad: Tensor, packed: Tensor, levels: list[float], bits: int
     return (grad.contiguous() * table[codes.to(torch.int32)]).to(grad.dtype)
 
 
+def scale_by_levels_(grad: Tensor, packed: Tensor, levels: list[float], bits: int) -> None:
+    grad.copy_(scale_by_levels(grad, packed, levels, bits))
+
+
 def encode_groups(x: Tensor, bits: int, group_size: int, seed: int | None) -> tuple[Tensor, Tensor]:
     return codec.encode_groups(x, bits, group_size, seed)
 

@@ -107,8 +107,21 @@ def encode_levels(values: Tensor, levels: list[float], bits: int, seed: int) -> 
 def scale_by_levels(grad: Tensor, packed: Tensor, levels: list[float], bits: int) -> Tensor:
     if grad.dtype not in _DTYPES or not grad.numel():
         return reference.scale_by_levels(grad, packed, levels, bits)
-    grad, packed = grad.contiguous(), packed.contiguous()
+    grad = grad.contiguous()
     scaled = torch.empty_like(grad)
+    _scale(grad, packed.contiguous(), levels, bits, scaled)
+    return scaled
+
+
+def scale_by_levels_(grad: Tensor, packed: Tensor, levels: list[float], bits: int) -> None:
+    if grad.dtype not in _DTYPES or not grad.numel() or not grad.is_contiguous():
+        reference.scale_by_levels_(grad, packed, levels, bits)
+    else:
+        _scale(grad, packed.contiguous(), levels, bits, grad)
+
+
+def _scale(grad: Tensor, packed: Tensor, levels: list[float], bits: int, scaled: Tensor) -> None:
+    """Write the gradient times the levels into ``scaled``, which may be ``grad``."""
     parts = 8 if bits == 3 else 8 // bits
     width = -(-grad.numel() // parts)
     _launch(
@@ -116,7 +129,6 @@ def scale_by_levels(grad: Tensor, packed: Tensor, levels: list[float], bits: int
         grad, packed, _table(tuple(levels), grad.device), scaled, grad.numel(), width,
         PARTS=parts, BITS=bits,
     )  # fmt: skip
-    return scaled
 
 
 def _encode_rows(

@@ -42,7 +42,12 @@ class _Activation(torch.autograd.Function):
     def backward(ctx, grad):
         refuse_double_backward()
         (packed,) = ctx.saved_tensors
-        d_x = ctx.quantizer.ops.scale_by_levels(ordered(grad, ctx.order), packed, ctx.table.levels, ctx.table.bits)
+        grad, table, ops = ordered(grad, ctx.order), ctx.table, ctx.quantizer.ops
+        if torch.compiler.is_compiling():  # which drops the copy where nobody else reads the gradient
+            d_x = grad.clone(memory_format=torch.contiguous_format)
+            ops.scale_by_levels_(d_x, packed, table.levels, table.bits)
+        else:
+            d_x = ops.scale_by_levels(grad, packed, table.levels, table.bits)
         return reordered(d_x, ctx.order), None, None, None, None, None, None
 
 

@@ -173,21 +173,31 @@ Tensor encode_steps(Tensor x, vector<double> thresholds, vector<int64_t> codes, 
     return packed;
 }
 
-Tensor scale_by_levels(Tensor grad, Tensor packed, vector<double> levels, int64_t bits) {
+/* Writes to `scaled`, which may be `grad`: every value is read before it is written. */
+void scale(const Tensor &grad, Tensor packed, const vector<double> &levels, int64_t bits, Tensor scaled) {
     check_bits(bits);
-    grad = checked(grad, "grad", -1);
     long count = grad.numel();
     packed = bytes(packed, "packed", packed_width(count, bits));
     CHECK(!levels.empty() && levels.size() <= 256, "there must be 1 to 256 levels, not ", levels.size());
     float table[256] = {}; /* codes without a level give zero */
     for (size_t i = 0; i < levels.size(); i++) table[i] = (float)levels[i];
-    Tensor scaled = like(grad);
     Room scratch(bits == 3 ? count : 0);
     by_dtype(grad.scalar_type(), [&](auto type) {
         using T = decltype(type);
         kernels::scale_by_levels(data<T>(grad), data<uint8_t>(packed), count, table, (int)bits, data<T>(scaled), scratch.bytes());
     });
+}
+
+Tensor scale_by_levels(Tensor grad, Tensor packed, vector<double> levels, int64_t bits) {
+    grad = checked(grad, "grad", -1);
+    Tensor scaled = like(grad);
+    scale(grad, packed, levels, bits, scaled);
     return scaled;
+}
+
+void scale_by_levels_(Tensor grad, Tensor packed, vector<double> levels, int64_t bits) {
+    CHECK(grad.is_contiguous(), "grad must be contiguous, to be written over");
+    scale(grad, packed, levels, bits, grad);
 }
 
 /* ---------------------------------------------------- rows ---------------------------------------------------- */
@@ -678,6 +688,7 @@ bool of_pooling(const StableIValue *stack) {
 STABLE_TORCH_LIBRARY_IMPL(s2a, CPU, m) {
     REGISTER(encode_steps, first);
     REGISTER(scale_by_levels, first);
+    REGISTER(scale_by_levels_, first);
     REGISTER(encode_groups, first);
     REGISTER(encode_roots, first);
     REGISTER(encode_channels, first);
