@@ -317,6 +317,34 @@ class TestProducts:
         (leaf_a, a), (leaf_b, b) = inputs(*a, seed=1), inputs(*b, seed=2)
         self.check(torch.mul, operators.multiply, a, b, (leaf_a, leaf_b))
 
+    @pytest.mark.parametrize("shape", [(5, 4), (2, 3, 5, 4), (3, 2, 1, 7)])
+    @pytest.mark.parametrize("order", ["rows", "channels last"])
+    def test_square(self, shape, order):
+        leaf, x = inputs(*shape)
+        x = x if order == "rows" else x.movedim(1, -1).contiguous().movedim(-1, 1)
+        expected, actual = x**2, operators.square(x, quantizer=self.QUANTIZER)
+        assert torch.equal(actual, expected) and actual.stride() == expected.stride()
+        weight = torch.randn_like(expected)
+        one, other = (torch.autograd.grad((y * weight).sum(), leaf, retain_graph=True)[0] for y in (expected, actual))
+        assert (one - other).norm() < 0.02 * one.norm()
+
+    @pytest.mark.parametrize("write", [lambda x: x**2, lambda x: x.pow(2.0), torch.square, lambda x: torch.pow(x, 2)])
+    def test_squares_keep_codes(self, write):
+        leaf, x = inputs(6, 40)
+        kept = []
+        with mode(bits=4), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            y = write(x)
+        assert {t.dtype for t in kept} == {torch.uint8}
+        assert sum(t.nbytes for t in kept) < x.numel()
+        y.sum().backward()
+        assert F.cosine_similarity(leaf.grad.flatten(), 2 * leaf.detach().flatten(), dim=0) > 0.99
+
+    def test_squares_of_parameters_are_kept_exactly(self):
+        scale = nn.Parameter(torch.randn(5, 4, dtype=torch.double))
+        with mode(bits=1):
+            y = scale**2
+        torch.testing.assert_close(torch.autograd.grad(y.sum(), scale)[0], 2 * scale.detach())
+
     @pytest.mark.parametrize(
         ("equation", "a", "b"),
         [

@@ -79,6 +79,22 @@ def _attention(mask=None, **options):
     return case
 
 
+def _attention_in_blocks(mask=None, **options):
+    """Of [samples, heads, blocks, tokens, channels], as in NesT and MaxViT."""
+
+    def case(dtype, batch):
+        inputs = [x[:, :, None] * randn(1, 1, 4, 1, 1, dtype=dtype) for x in attention_inputs(dtype, batch)]
+        if mask == "additive":
+            inputs.append(randn(4, 7, 9, dtype=dtype))
+        return Case(
+            inputs,
+            lambda *a: operators.scaled_dot_product_attention(*a[:-1], **options, quantizer=a[-1]),
+            lambda *a: F.scaled_dot_product_attention(*a, **options),
+        )
+
+    return case
+
+
 def _simple(name, *shapes, **options):
     def case(dtype, batch):
         inputs = [randn(*((batch, *s[1:]) if s[0] == "batch" else s), dtype=dtype) for s in shapes]
@@ -104,6 +120,9 @@ CASES = {
     "attention additive mask": _attention("additive"),
     "attention mask per sample": _attention("per sample"),
     "attention causal": _attention(is_causal=True),
+    "attention in blocks": _attention_in_blocks(),
+    "attention in blocks, additive mask": _attention_in_blocks("additive"),
+    "attention in blocks, causal": _attention_in_blocks(is_causal=True),
     "linear": _simple("linear", ("batch", 7, 20), (11, 20), (11,)),
     "conv2d": _simple("conv2d", ("batch", 4, 9, 8), (6, 2, 3, 3), (6,), stride=2, padding=1, groups=2),
 }
@@ -324,6 +343,14 @@ class TestKept:
         q, k, v = attention_inputs(torch.float32, 1, 128, 128)
         kept = self.saved(lambda: operators.scaled_dot_product_attention(q, k, v, quantizer=Quantizer()))
         assert sum(t.nbytes for t in kept) < 0.2 * 3 * q.nbytes
+
+    @pytest.mark.parametrize(("mask", "coded"), [((4, 128, 128), True), ((3, 4, 128, 128), False)])
+    def test_is_codes_for_attention_in_blocks(self, mask, coded):
+        shape = (2, 3, 4, 128, 32)
+        q, k, v, mask = (randn(*s) for s in (shape, shape, shape, mask))
+        kept = self.saved(lambda: operators.scaled_dot_product_attention(q, k, v, mask, quantizer=Quantizer()))
+        size = sum(t.nbytes for t in kept if t.data_ptr() != mask.data_ptr())
+        assert (size < 0.2 * 3 * q.nbytes) == coded
 
     def test_is_bits_for_dropout_and_pooling(self):
         x = randn(4, 8, 32, 32)

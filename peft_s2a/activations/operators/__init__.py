@@ -28,6 +28,7 @@ from .prompt_attention import add_prompt_attention, quantized_add_prompt_attenti
 from .registry import HANDLERS
 from .row_norm import layer_norm, rms_norm, rms_normalized
 from .softmax import softmax
+from .square import square
 from .vector_norm import vector_norm
 
 
@@ -35,6 +36,6 @@ __all__ = [
     "HANDLERS", "activation", "adaptive_avg_pool2d", "add_low_rank", "add_prompt_attention", "avg_pool2d", "batch_norm",
     "conv2d", "drop_path", "dropout", "einsum", "frozen_convolution", "frozen_linear", "gated_activation", "group_norm", "is_activation",
     "layer_norm", "linear", "matmul", "max_pool2d", "multiply", "normalize", "quantized_add_low_rank",
-    "quantized_add_prompt_attention", "rms_norm", "rms_normalized", "scaled_dot_product_attention", "self_gated", "softmax",
+    "quantized_add_prompt_attention", "rms_norm", "rms_normalized", "scaled_dot_product_attention", "self_gated", "softmax", "square",
     "vector_norm",
 ]  # fmt: skip

@@ -86,7 +86,7 @@ class _Attention(torch.autograd.Function):
         scale = 1 / math.sqrt(ctx.dim) if ctx.scale is None else ctx.scale
         additive = mask is not None and mask.dtype != torch.bool
         # of these the stock operator computes the composite form, with a softmax that rounds otherwise than the fused
-        composite = len(ctx.shapes[0]) < 4 or ctx.dim != ctx.shapes[2][-1]
+        composite = len(ctx.shapes[0]) != 4 or ctx.dim != ctx.shapes[2][-1]
         *grads, d_mask = ctx.quantizer.ops.attention_backward(
             _with_heads(grad),
             codes[0:3],
@@ -134,10 +134,10 @@ def _replay(ctx, grad: Tensor, codes: list[Tensor], mask: Tensor | None, random_
 
 
 def _with_heads(x: Tensor) -> Tensor:
-    """``x`` (``[..., N, D]``, up to four dimensions) with four."""
+    """``x`` (``[..., N, D]``) with four dimensions."""
     while x.dim() < 4:
         x = x.unsqueeze(0)
-    return x
+    return x.flatten(0, -4)
 
 
 def scaled_dot_product_attention(
@@ -156,15 +156,17 @@ def scaled_dot_product_attention(
     reference, or as what it was made of if that is smaller (`masks`).
 
     Args: as the stock function, without grouped-query head counts. An additive ``attn_mask`` that needs a gradient
-    gets one. Dropout is replayed in backward from the kept state of the random generator, in one piece. With five or
-    more dimensions, or batch dimensions that broadcast against each other, this is the stock call in full precision.
+    gets one. Dropout is replayed in backward from the kept state of the random generator, in one piece. With batch
+    dimensions that broadcast against each other, or that a mask tells apart beyond the heads where there are more than
+    one, this is the stock call in full precision.
 
     The token mean subtracted from queries, keys and values before coding is exact for any constant (see the derivation
     in the code) and removes the outlying channels that a shared scale would spend its codes on, as in SageAttention's
     smoothing of keys (Zhang et al. 2024).
     """
     tensors = (query, key, value)
-    batched = query.dim() <= 4 and len({x.shape[:-2] for x in tensors}) == 1
+    shared = attn_mask is None or attn_mask.dim() <= 3  # by all samples
+    batched = (query.dim() <= 4 or shared) and len({x.shape[:-2] for x in tensors}) == 1
     if not recording(*tensors, attn_mask) or not batched:
         return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
     recipe = None if torch.compiler.is_compiling() else Recipe(attn_mask)

@@ -22,6 +22,7 @@ from .gated_activation import gated_activation
 from .products import multiply
 from .registry import handles
 from .row_norm import rms_normalized
+from .square import square
 
 
 _SELF_GATED = {1.0: "silu", 1.702: "quick_gelu"}  # x * sigmoid(c * x)
@@ -37,11 +38,11 @@ def converted(x: Tensor, result: Tensor) -> Tensor:
     return notes.note("converted", result, x) if result.dtype.is_floating_point and result.dtype != x.dtype else result
 
 
-def squared(x: Tensor, result: Tensor | None = None) -> Any:
+def squared(mode, x: Tensor) -> Any:
     """``x ** 2``, noted."""
     if not _has_gradient(x):
         return NotImplemented
-    return notes.note("squares", x**2 if result is None else result, x)
+    return notes.note("squares", square(x, quantizer=mode.quantizer("gated_activation")), x)
 
 
 def averaged(x: Tensor) -> Any:
@@ -140,17 +141,17 @@ def _mul(mode, input, other, out=None):
     result = product(mode, input, other)
     if result is None:
         result = multiply(input, other, quantizer=mode.quantizer("gated_activation"))
-    return squared(input, result) if input is other else result
+    return notes.note("squares", result, input) if input is other else result
 
 
 @handles(torch.pow, Tensor.pow)
 def power(mode, input, exponent, out=None):
-    return squared(input) if isinstance(exponent, (int, float)) and exponent == 2 else NotImplemented
+    return squared(mode, input) if isinstance(exponent, (int, float)) and exponent == 2 else NotImplemented
 
 
 @handles(torch.square, Tensor.square)
 def _square(mode, input):
-    return squared(input)
+    return squared(mode, input)
 
 
 @handles(torch.mean, Tensor.mean)
