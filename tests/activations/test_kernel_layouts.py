@@ -53,7 +53,13 @@ class _Laid:
 
     def __getattr__(self, name):
         def call(*args):
-            return getattr(self.ops, name)(*map(self._laid, args))
+            op, laid = getattr(self.ops, name), [self._laid(x) for x in args]
+            if not name.endswith("_"):
+                return op(*laid)
+            if not laid[0].is_contiguous():  # which what is written over has to be
+                laid[0] = args[0]
+            op(*laid)
+            return args[0].copy_(laid[0])
 
         return call
 
