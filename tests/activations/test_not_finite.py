@@ -2,6 +2,7 @@
 steps which stock training would notice as overflown are noticed here too."""
 
 import itertools
+import math
 import sys
 
 import pytest
@@ -94,6 +95,10 @@ def _walk(backend, name, case, dtype, values=EXTREMES, places=(0.4,)):
     """Every tensor of a path with each of ``values`` at each of ``places``: results are finite in the same elements."""
     path, spoiled = PATHS[name], 0
     for key, value, place in itertools.product(path.shapes(case), values, places):
+        if name == "batch norm, live" and key in ("mean", "rstd") and math.isfinite(value):
+            # The batch's own statistics are not huge beside ordinary values. If they were, those would come back from their
+            # group as the last bits of huge numbers, which differ, and whose squares overflow or not.
+            continue
         given = tensors(name, case, dtype)
         given[key].view(-1)[int(place * given[key].numel())] = value
         ours, theirs = (path.run(op_set(each), case, **given) for each in (backend, "reference"))
@@ -136,9 +141,12 @@ def test_triton_agrees_on_what_is_finite(name):
 def test_backends_agree_on_what_is_finite_in_every_setting(dtype, backend, name):
     sizes = ({}, {"count": 70, "dim": 33, "value_dim": 48, "tokens": 20, "keys": 17})
     groups = (8, 16, 12, 128)
-    settings = zip((1, 2, 3, 4, 8), itertools.cycle(groups), itertools.cycle((None, 5)))
+    settings = list(zip((1, 2, 3, 4, 8), itertools.cycle(groups), itertools.cycle((None, 5))))
+    values, places = EXTREMES, (0, 0.4, 0.99)
+    if backend == "triton":  # a launch takes a second in its interpreter
+        settings, values, places = settings[1:3], (float("nan"), float("inf")), places[1:2]
     for (bits, group, rounding), size in itertools.product(settings, sizes):
-        _walk(backend, name, Case(bits, group, rounding, **size), dtype, places=(0, 0.4, 0.99))
+        _walk(backend, name, Case(bits, group, rounding, **size), dtype, values, places)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
