@@ -170,6 +170,7 @@ class TestBudget:
         half = gradient_and_bytes(vit, calibrate(vit, 0.6))[1]
         assert half < 0.7 * four < stock
 
+    @pytest.mark.slow
     def test_more_is_never_worse(self, vit, exact):
         found = [gradient_and_bytes(vit, calibrate(vit, budget)) for budget in (0.6, 0.8, 1.0, 1.6)]
         errors = [relative_error(exact, gradient) for gradient, _ in found]

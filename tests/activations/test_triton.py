@@ -193,6 +193,7 @@ class TestSelection:
         )
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_a_gpu_and_not_again_for_a_smaller_batch(tmp_path):
     """The interpreter accepts what the compiler does not. No GPU is needed to compile for one, only to launch."""
     run(

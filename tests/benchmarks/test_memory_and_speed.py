@@ -54,6 +54,7 @@ def test_the_methods_are_what_they_are_called(vit_rows):
     assert trainable["S2A"] == trainable["S2A, no tiles"]
 
 
+@pytest.mark.slow
 def test_loras_other_ways_lie_between_all_and_nothing():
     ways = (
         "LoRA",
