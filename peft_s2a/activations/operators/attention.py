@@ -15,7 +15,7 @@ from .. import sharpness
 from ..codec import math_dtype
 from ..masks import Recipe
 from ..quantizer import Quantizer
-from .common import recording, refuse_double_backward
+from .common import recording, refuse_double_backward, told_apart
 from .registry import handles
 
 
@@ -170,7 +170,7 @@ def scaled_dot_product_attention(
     if not recording(*tensors, attn_mask) or not batched:
         return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
     recipe = None if torch.compiler.is_compiling() else Recipe(attn_mask)
-    return _Attention.apply(query, key, value, attn_mask, recipe, dropout_p, is_causal, scale, quantizer)
+    return _Attention.apply(*told_apart(query, key, value), attn_mask, recipe, dropout_p, is_causal, scale, quantizer)
 
 
 @handles(F.scaled_dot_product_attention)

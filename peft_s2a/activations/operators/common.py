@@ -54,6 +54,13 @@ def is_activation(x: object) -> bool:
     return isinstance(x, Tensor) and x.requires_grad and not x.is_leaf
 
 
+def told_apart(*tensors: Tensor) -> list[Tensor]:
+    """The tensors; under torch.compile, whose autograd functions refuse one tensor twice, with views for repetitions."""
+    if not torch.compiler.is_compiling():
+        return list(tensors)
+    return [x.view_as(x) if any(x is other for other in tensors[:i]) else x for i, x in enumerate(tensors)]
+
+
 def encode_rows(rows: Tensor, quantizer: Quantizer) -> tuple[Tensor, Tensor]:
     return quantizer.ops.encode_groups(rows, quantizer.bits, quantizer.group_size, quantizer.draw_seed())
 
@@ -65,7 +72,8 @@ def decode_rows(packed: Tensor, scales: Tensor, quantizer: Quantizer, count: int
 def not_a_view(result: Tensor) -> Tensor:
     """``result`` of a stock operator inside an autograd function as a tensor of its own, which whoever gets it may change
     in place: autograd refuses that for views made inside (of linear layers' results, for example)."""
-    return torch.ops.aten._unsafe_view(result, result.shape) if result._is_view() else result
+    is_view = torch.compiler.is_compiling() or result._is_view()  # which a graph has no way to ask
+    return torch.ops.aten._unsafe_view(result, result.shape) if is_view else result
 
 
 def memory_order(x: Tensor) -> list[int] | None:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..quantizer import Quantizer
-from .common import autocast_dtype, is_activation, not_a_view, recording, refuse_double_backward
+from .common import autocast_dtype, is_activation, not_a_view, recording, refuse_double_backward, told_apart
 from .products import KeptFactor
 from .registry import handles
 
@@ -44,9 +44,7 @@ def einsum(terms: tuple[str, str, str], a: Tensor, b: Tensor, *, quantizer: Quan
         terms: of ``a``, of ``b`` and of the result, as `split_equation` gives them.
     """
     a, b = (t.to(autocast_dtype(t) or t.dtype) for t in (a, b))
-    if a is b and torch.compiler.is_compiling():  # whose autograd functions refuse one tensor twice
-        b = b.view_as(b)
-    return _Einsum.apply(a, b, terms, quantizer)
+    return _Einsum.apply(*told_apart(a, b), terms, quantizer)
 
 
 def split_equation(equation: str, a: Tensor, b: Tensor) -> tuple[str, str, str] | None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..codec import FLOAT16_MAX
 from ..quantizer import Quantizer
-from .common import autocast_dtype, is_activation, recording, refuse_double_backward
+from .common import autocast_dtype, is_activation, recording, refuse_double_backward, told_apart
 from .registry import handles
 
 
@@ -83,7 +83,7 @@ def _product(a: Tensor, b: Tensor, stock, quantizer: Quantizer) -> Tensor:
     if not recording(a, b) or not (a.numel() and b.numel()):
         return stock(a, b)
     coded = (is_activation(x) and x.dim() > 0 for x in (a, b))
-    return _Product.apply(a, b, stock, *coded, quantizer)
+    return _Product.apply(*told_apart(a, b), stock, *coded, quantizer)
 
 
 def matmul(a: Tensor, b: Tensor, *, quantizer: Quantizer) -> Tensor:
@@ -103,8 +103,6 @@ def multiply(a: Tensor, b: Tensor, *, quantizer: Quantizer) -> Tensor:
     if a.dtype != b.dtype:
         dtype = torch.result_type(a, b)
         a, b = a.to(dtype), b.to(dtype)
-    if a is b and torch.compiler.is_compiling():  # whose autograd functions refuse one tensor twice
-        b = b.view_as(b)
     return _product(a, b, torch.mul, quantizer)
 
 
