@@ -36,6 +36,7 @@ from torch._subclasses.fake_tensor import (
 from torch.autograd import _get_sequence_nr as sequence_number
 from torch.autograd import forward_ad
 from torch.fx import traceback as fx_traceback
+from torch.fx.experimental.symbolic_shapes import guard_or_false
 from torch.nn.modules import module as torch_module
 from torch.overrides import _get_current_function_mode as current_function_mode
 from torch.overrides import _get_current_function_mode_stack as function_modes
@@ -90,6 +91,7 @@ __all__ = [
     "dispatch_modes",
     "fresh_node_metadata",
     "function_modes",
+    "guard_or_false",
     "has_global_module_hooks",
     "has_kernel",
     "is_capturing_outputs",

@@ -82,7 +82,7 @@ class OperatorMode(TorchFunctionMode):
             # this one torch has written in Python, with a call of super() that it cannot compile
             if func is Tensor.unflatten:
                 func = torch.unflatten
-            if func in masks.COMPILED_FUNCTIONS:
+            if func in masks.COMPILED_FUNCTIONS and torch.is_grad_enabled():
                 return masks.call_compiled(func, args, kwargs or {})
             return func(*args, **(kwargs or {}))
         if func in masks.FUNCTIONS and torch.is_grad_enabled():

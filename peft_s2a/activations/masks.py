@@ -18,13 +18,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..compat import TreeSpec, tree_flatten, tree_unflatten
+from ..compat import TreeSpec, guard_or_false, tree_flatten, tree_unflatten
 
 
+_SUMS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__}
 # Functions whose results may be larger than what they are made of, whatever that is.
-_ENLARGING = {
-    Tensor.__getitem__, Tensor.expand, Tensor.repeat, torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__,
-}  # fmt: skip
+_ENLARGING = _SUMS | {Tensor.__getitem__, Tensor.expand, Tensor.repeat}
 # Functions of constants: their results are constants. All are deterministic and none writes to its arguments.
 FUNCTIONS = _ENLARGING | {
     torch.arange, torch.zeros, torch.ones, torch.full, torch.cat, torch.stack, torch.where, torch.meshgrid,
@@ -37,9 +36,6 @@ FUNCTIONS = _ENLARGING | {
     Tensor.eq, Tensor.ne, Tensor.lt, Tensor.le, Tensor.gt, Tensor.ge, torch.eq, torch.ne, torch.lt, torch.gt,
     Tensor.masked_fill, torch.masked_fill, Tensor.sigmoid, torch.sigmoid, nn.functional.interpolate,
 }  # fmt: skip
-
-
-_SUMS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__}
 # What `call_compiled` looks at: what masks and position biases end in.
 COMPILED_FUNCTIONS = _SUMS | {Tensor.__getitem__, Tensor.contiguous}
 
@@ -56,9 +52,16 @@ def call_compiled(function: Callable[..., Any], args: Sequence[Any], kwargs: dic
         return result
     if function is Tensor.contiguous:
         again = not tensors[0].is_contiguous()  # what it is made of may itself be made again
+    elif len(tensors) != 2:
+        again = False
     else:
-        again = len(tensors) == 2 and sum(x.nbytes for x in tensors if not isinstance(x, nn.Parameter)) < result.nbytes
+        again = guard_or_false(sum(_bytes(x) for x in tensors if not isinstance(x, nn.Parameter)) < _bytes(result))
     return checkpoint(function, *args, use_reentrant=False) if again else result
+
+
+def _bytes(x: Tensor) -> Any:
+    """`Tensor.nbytes`, which sizes that are symbols do not have."""
+    return x.numel() * x.element_size()
 
 
 @dataclass(frozen=True)

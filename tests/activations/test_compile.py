@@ -150,3 +150,68 @@ def test_gradients_of_activations_are_computed_in_place_where_nobody_else_reads_
     assert backward.count("scale_by_levels_.default(") == 1
     made = len(re.findall(r"empty_strided_cpu\(\((?:7, 333|2331, )\)", backward))
     assert made == 1 + shared
+
+
+class Picked(nn.Module):
+    """A mask made of two constants, and rows of an input that another one picks: how many, only its values tell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = nn.Linear(12, 12)
+        self.row, self.column = (nn.Buffer(torch.randn(9)) for _ in range(2))
+
+    def forward(self, x: torch.Tensor, picked: torch.Tensor) -> torch.Tensor:
+        tokens = x.shape[1]
+        mask = self.row[:tokens] + self.column[:tokens, None]
+        hidden = self.inside(x)[:, None]
+        attended = F.scaled_dot_product_attention(hidden, hidden, hidden, mask)
+        return attended.square().sum() + F.gelu(self.inside(x[picked])).sum()
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_sizes_that_are_symbols_or_known_from_values_alone(dynamic):
+    model = quantize_activations(Picked().train(), {"bits": 8})
+    batches = [(torch.randn(2, tokens, 12), torch.rand(2, tokens) > 0.4) for tokens in ((7, 8) if dynamic else (7,))]
+
+    def gradients(run, batch):
+        model.zero_grad()
+        run(*batch).backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+        for batch in batches:
+            expected, actual = gradients(model, batch), gradients(compiled, batch)
+            for name, gradient in expected.items():
+                assert (actual[name] - gradient).norm() <= 1e-2 * gradient.norm(), name
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+class Itself(nn.Module):
+    """An operator of one tensor twice."""
+
+    def __init__(self, combine) -> None:
+        super().__init__()
+        self.inside, self.combine = nn.Linear(8, 8), combine
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.combine(self.inside(x))
+
+
+@pytest.mark.parametrize(
+    "combine",
+    [
+        lambda x: F.scaled_dot_product_attention(x, x, x), lambda x: x @ x, lambda x: x * x,
+        lambda x: torch.einsum("bij,bjk->bik", x, x).mul_(2),
+    ],
+    ids=["attention", "matmul", "mul", "einsum"],
+)  # fmt: skip
+def test_one_tensor_may_be_given_twice(combine):
+    model, x = quantize_activations(Itself(combine).train(), {"bits": 8}), torch.randn(2, 8, 8)
+    found = []
+    for run in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        model.zero_grad()
+        run(x).square().sum().backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+    for expected, actual in zip(*found):
+        assert (actual - expected).norm() <= 1e-2 * expected.norm()
