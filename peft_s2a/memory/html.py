@@ -6,17 +6,9 @@ from collections.abc import Iterable
 from html import escape
 
 from .plan import Plan, PlannedMethod
-from .report import PHASES, MemoryReport, MiB, engine_title, mib
+from .report import ENGINE_PART, PARTS, PHASES, MemoryReport, MiB, engine_title, mib
 
 
-PARTS = (
-    ("parameters and batch", ("parameters", "batch"), "#bdbdbd"),
-    ("optimiser state", ("optimizer",), "#737373"),
-    ("gradients", ("gradients",), "#e6ab02"),
-    ("kept activations", ("kept",), "#1b9e77"),
-    ("working set", ("working",), "#7570b3"),
-)
-ENGINE_PART = ("added by the engine", ("engine",), "#d95f02")
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; width: 100%; } th, td { padding: .3rem .6rem; border-bottom: 1px solid #ddd; }

@@ -13,7 +13,7 @@ import torch
 from .estimate import estimate_memory, extrapolate_memory, image_batch, largest_batch_size
 from .methods import Method
 from .models import VisionModel
-from .report import MemoryReport, MiB, engine_title, in_each, mib
+from .report import ENGINE_PART, PARTS, MemoryReport, MiB, engine_title, in_each, mib
 from .sharding import Sharding, find_sharding
 
 
@@ -138,14 +138,7 @@ class Plan:
         FigureCanvasAgg(figure)
         axes = figure.subplots()
         left = [0.0] * len(rows)
-        for label, attributes, color in (
-            ("parameters", ("parameters", "batch"), "#bdbdbd"),
-            ("optimiser state", ("optimizer",), "#737373"),
-            ("gradients", ("gradients",), "#e6ab02"),
-            ("kept activations", ("kept",), "#1b9e77"),
-            ("working set", ("working",), "#7570b3"),
-            *([(f"added by {engine_title(self.sharding.engine)}", ("engine",), "#d95f02")] if self.sharding else []),
-        ):
+        for label, attributes, color in PARTS if self.sharding is None else (*PARTS, ENGINE_PART):
             widths = [sum(getattr(peak, name) for name in attributes) / MiB for _, peak in rows]
             bars = axes.barh([name for name, _ in rows], widths, left=left, label=label, color=color)
             left = [start + width for start, width in zip(left, widths)]

@@ -43,6 +43,17 @@ class KeptBytes:
         )
 
 
+# What peaks are drawn of: (label, attributes of `PeakBytes`, colour).
+PARTS = (
+    ("parameters and batch", ("parameters", "batch"), "#bdbdbd"),
+    ("optimiser state", ("optimizer",), "#737373"),
+    ("gradients", ("gradients",), "#e6ab02"),
+    ("kept activations", ("kept",), "#1b9e77"),
+    ("working set", ("working",), "#7570b3"),
+)
+ENGINE_PART = ("added by the engine", ("engine",), "#d95f02")
+
+
 @dataclass(frozen=True)
 class PeakBytes:
     """The moment of a step at which most bytes are live, and what they are.
