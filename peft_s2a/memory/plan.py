@@ -134,7 +134,7 @@ class Plan:
             raise ImportError("Plan.plot needs matplotlib: pip install 'peft-s2a[plot]'") from error
 
         rows = [(row.method.name, row.report.peak) for row in self.rows if row.report is not None][::-1]
-        figure = Figure(figsize=(9, 1.5 + 0.4 * len(rows)), layout="constrained")
+        figure = Figure(figsize=(9, 2 + 0.4 * len(rows)), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots()
         left = [0.0] * len(rows)
@@ -147,7 +147,7 @@ class Plan:
             axes.axvline(self.budget / MiB, color="black", linewidth=0.8, linestyle=":")
         axes.margins(x=0.1)
         axes.set(xlabel="peak of a training step, MiB", title=self.title)
-        axes.legend(fontsize="small")
+        figure.legend(loc="outside lower center", ncols=3, fontsize="small")
         figure.savefig(path, dpi=150)
 
 
