@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
@@ -62,6 +63,18 @@ def frozen_projection(layer: nn.Module, shape: tuple[int, ...], init: str) -> to
     return directions.reshape(shape)
 
 
+class _Branch(nn.Module):
+    """What a `SideLayer` computes, as a module for the quantiser to find: the host may be called by one that it leaves
+    alone, such as a model that computes losses, and the layer itself stands in sequences of modules as the identity."""
+
+    def __init__(self, compute: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self.compute = compute
+
+    def forward(self, *args: Any) -> torch.Tensor:
+        return self.compute(*args)
+
+
 class SideLayer(AttachedLayer):
     r"""Adds `s * U f(D x)` to the output of its host, `x` being the host's input and `s = side_alpha / side_rank`.
 
@@ -89,7 +102,7 @@ class SideLayer(AttachedLayer):
         self._split = split
         self.s2a_up = nn.ParameterDict({})
         self.s2a_down = BufferDict({}, persistent=True)
-        self.activation = nn.GELU()
+        self.branch = _Branch(self._branch)
         self.scaling: dict[str, float] = {}
         self.has_activation: dict[str, bool] = {}
 
@@ -153,25 +166,19 @@ class SideLayer(AttachedLayer):
         x = first_tensor(args, kwargs) if self._split is None else self.in_flight.pop("input")
         y = as_tensor(output)
         for name in adapters:
-            y = self._branch(x, y, name)
+            y = self.branch(x, y, name)
         return with_tensor(output, y)
 
     def _branch(self, x: torch.Tensor, y: torch.Tensor, adapter_name: str) -> torch.Tensor:
         """`y + s * U f(D x)` in the dtype of y. Weights are cast to the input's dtype, never the input to theirs."""
         up = self.s2a_up[adapter_name].to(y.dtype)
         hidden = self._project_down(x, y, self.s2a_down[adapter_name].to(x.dtype))
-        scaling, has_activation = self.scaling[adapter_name], self.has_activation[adapter_name]
-        if self._channels_last:
-            # Autocast would round y.
-            device = y.device.type
-            with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
-                return add_low_rank(y, hidden, up, scaling, "gelu" if has_activation else None)
-        if has_activation:
-            hidden = self.activation(hidden)
-        hidden = hidden.to(y.dtype)
-        convolution = F.conv1d if y.dim() == 3 else F.conv2d
-        kernel = (up * scaling).reshape(*up.shape, *[1] * (y.dim() - 2))
-        return y + convolution(hidden, kernel)
+        activation = "gelu" if self.has_activation[adapter_name] else None
+        device = y.device.type  # autocast would round y
+        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+            return add_low_rank(
+                y, hidden, up, self.scaling[adapter_name], activation, channels_first=not self._channels_last
+            )
 
     @property
     def _channels_last(self) -> bool:

@@ -44,6 +44,16 @@ CASES = {
         lambda *x: add_low_rank(*x, 0.5, "gelu"),
         lambda quantizer: lambda *x: quantized_add_low_rank(*x, 0.5, "gelu", quantizer=quantizer),
     ),
+    "side on sequences, channels first": (
+        [(3, 24, 11), (3, 7, 11), (24, 7)],
+        lambda *x: add_low_rank(*x, 0.5, channels_first=True),
+        lambda quantizer: lambda *x: quantized_add_low_rank(*x, 0.5, channels_first=True, quantizer=quantizer),
+    ),
+    "side on images, with activation": (
+        [(3, 24, 4, 5), (3, 7, 4, 5), (24, 7)],
+        lambda *x: add_low_rank(*x, 0.5, "gelu", channels_first=True),
+        lambda quantizer: lambda *x: quantized_add_low_rank(*x, 0.5, "gelu", True, quantizer=quantizer),
+    ),
 }
 
 
@@ -80,3 +90,40 @@ class TestAgainstExactAutograd:
         inputs = _leaves(*shapes)
         with pytest.raises(RuntimeError, match="double backward"):
             torch.autograd.grad(quantized(Quantizer())(*inputs).sum(), inputs[0], create_graph=True)
+
+
+class TestLowRankOnImages:
+    """`add_low_rank` with channels first against the convolution that it stands for."""
+
+    @staticmethod
+    def _inputs(memory_format=torch.contiguous_format, batch=3):
+        base, hidden, up = torch.randn(batch, 24, 4, 5), torch.randn(batch, 7, 4, 5), torch.randn(24, 7)
+        return [x.requires_grad_() for x in (base.to(memory_format=memory_format), hidden, up)]
+
+    @staticmethod
+    def _convolved(base, hidden, up):
+        return base + torch.nn.functional.conv2d(torch.nn.functional.gelu(hidden), 0.5 * up[..., None, None])
+
+    @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+    @pytest.mark.parametrize("coded", [False, True])
+    def test_output_is_the_convolutions_and_lies_in_memory_as_the_base(self, memory_format, coded):
+        inputs = self._inputs(memory_format)
+        function = CASES["side on images, with activation"]
+        output = (function[2](Quantizer()) if coded else function[1])(*inputs)
+        torch.testing.assert_close(output, self._convolved(*inputs), atol=1e-5, rtol=1e-5)
+        assert output.is_contiguous(memory_format=memory_format)
+        output.add_(1)  # as models do
+
+    @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+    def test_gradients_at_eight_bits_are_the_convolutions(self, memory_format):
+        inputs = self._inputs(memory_format)
+        function = CASES["side on images, with activation"][2](Quantizer(bits=8))
+        _, exact = _gradients(self._convolved, inputs)
+        _, coded = _gradients(function, inputs)
+        for ours, theirs in zip(coded, exact):
+            assert (ours - theirs).norm() <= 0.02 * theirs.norm()
+
+    def test_an_empty_batch_has_gradients_of_zero(self):
+        inputs = self._inputs(batch=0)
+        _, (_, _, up) = _gradients(CASES["side on images, with activation"][2](Quantizer()), inputs)
+        assert torch.equal(up, torch.zeros(24, 7))

@@ -287,6 +287,11 @@ class TestAdapterNames:
         assert torch.equal(logits(model), expected)
 
 
+def assert_equal_but_for_rounding(found, expected):
+    """Merged weights add up in another order, by how much other depends on the processor."""
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
 class TestMerging:
     @mergeable
     def test_merge_and_unload_keeps_the_output(self, method):
@@ -296,7 +301,7 @@ class TestMerging:
         randomise_classifier(model)
         expected = logits(model)
         merged = model.merge_and_unload()
-        torch.testing.assert_close(logits(merged), expected)
+        assert_equal_but_for_rounding(logits(merged), expected)
         assert [type(module) for module in merged.modules()] == classes
         assert hooks(merged) == 0 and not hasattr(merged, "peft_config")
 
@@ -306,14 +311,14 @@ class TestMerging:
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         expected = logits(model)
         model.merge_adapter()
-        torch.testing.assert_close(logits(model), expected)
+        assert_equal_but_for_rounding(logits(model), expected)
         assert get_model_status(model).merged_adapters == ["default"]
         changed = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])]
         assert changed and all("base_layer" in name for name in changed)
         model.unmerge_adapter()
         for name, tensor in model.state_dict().items():
             torch.testing.assert_close(tensor, before[name])
-        torch.testing.assert_close(logits(model), expected)
+        assert_equal_but_for_rounding(logits(model), expected)
 
     @mergeable
     def test_disabling_a_merged_adapter_unmerges_it(self, method):
@@ -322,7 +327,7 @@ class TestMerging:
         model = get_peft_model(base, make_config(method, random_start=True))
         model.merge_adapter()
         with model.disable_adapter():
-            torch.testing.assert_close(logits(model), expected)
+            assert_equal_but_for_rounding(logits(model), expected)
 
     @mergeable
     def test_setting_another_adapter_unmerges(self, method):
@@ -334,7 +339,7 @@ class TestMerging:
         model.merge_adapter()
         with pytest.warns(UserWarning, match="Unmerging"):
             model.set_adapter("second")
-        torch.testing.assert_close(logits(model), with_b)
+        assert_equal_but_for_rounding(logits(model), with_b)
 
     @mergeable
     def test_merging_twice_warns_and_changes_nothing(self, method):
@@ -352,7 +357,7 @@ class TestMerging:
         model.set_adapter("second")
         expected = logits(model)
         merged = model.merge_and_unload(adapter_names=["second"])
-        torch.testing.assert_close(logits(merged), expected)
+        assert_equal_but_for_rounding(logits(merged), expected)
 
     @mergeable
     def test_safe_merge_refuses_nan(self, method):

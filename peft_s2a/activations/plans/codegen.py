@@ -23,6 +23,7 @@ _BINDINGS = {
     aten.add.Tensor: torch.add,
     aten.add_.Tensor: Tensor.add_,
     aten.addmm.default: torch.addmm,
+    aten.baddbmm.default: torch.baddbmm,
     aten.bmm.default: torch.bmm,
     aten.cat.default: torch.cat,
     aten.clone.default: torch.clone,
