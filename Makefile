@@ -23,11 +23,12 @@ demo: $(INSTALLED)  ## Fine-tune the shipped backbone on handwritten digits with
 docs: $(INSTALLED)  ## Build the documentation into site/; broken links are errors.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
+# One thread in each process: two would wait for one another's, which takes twice as long.
 test: $(INSTALLED)  ## Run all tests, offline, in two processes, and show the slowest.
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile --durations 15
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile --durations 15
 
-coverage: $(INSTALLED)  ## The same with coverage, which takes half as long again.
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile --cov --cov-report term
+coverage: $(INSTALLED)  ## The same with coverage, which takes twice as long.
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile --cov --cov-report term
 
 test-slow: $(INSTALLED)  ## The long sweeps and soaks that `make test` leaves out, offline.
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests -m slow

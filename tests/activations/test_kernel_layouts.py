@@ -91,13 +91,25 @@ def test_results_do_not_depend_on_where_values_lie(name, case, dtype, seed):
             assert torch.equal(_bits(result), _bits(expected)), lay.__name__
 
 
+@pytest.fixture
+def threads():
+    """`torch.set_num_threads`; afterwards there are as many as before."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("name", KERNELS)
-def test_tensors_that_are_taken_in_pieces(name):
-    """By many threads, in chunks of groups and tiles of queries."""
+def test_tensors_that_are_taken_in_pieces(name, threads):
+    """By several threads, in chunks of groups and tiles of queries."""
     case = Case(4, 16, None, 300, 2100, 3, 4, 230, 240, 64, 48)
-    ours, theirs = (
-        PATHS[name].run(op, case, **tensors(name, case, torch.float32)) for op in (_Laid(_own), op_set("reference"))
-    )
-    for result, expected in zip(ours, theirs):
-        assert result.shape == expected.shape and result.dtype == expected.dtype
-        assert torch.equal(result.isfinite(), expected.isfinite())
+
+    def run(ops, count):
+        threads(count)
+        return PATHS[name].run(ops, case, **tensors(name, case, torch.float32))
+
+    alone, together, theirs = run(_Laid(_own), 1), run(_Laid(_own), 3), run(op_set("reference"), 1)
+    for one, three, expected in zip(alone, together, theirs):
+        assert one.shape == three.shape == expected.shape and one.dtype == three.dtype == expected.dtype
+        assert torch.equal(one.isfinite(), expected.isfinite())
+        torch.testing.assert_close(three, one, rtol=1e-4, atol=1e-4)  # sums of threads are added up in another order
