@@ -24,11 +24,11 @@ docs: $(INSTALLED)  ## Build the documentation into site/; broken links are erro
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # One thread in each process: two would wait for one another's, which takes twice as long.
-test: $(INSTALLED)  ## Run all tests, offline, in two processes, and show the slowest.
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile --durations 15
+test: $(INSTALLED)  ## Run all tests, offline, in two processes; show the slowest, and how much of the package they cover.
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile --durations 15 --cov --cov-report=
 
-coverage: $(INSTALLED)  ## The same with coverage, which takes twice as long.
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile --cov --cov-report term
+coverage: $(INSTALLED)  ## What the last `make test` left uncovered, by file.
+	$(BIN)/coverage report --show-missing
 
 test-slow: $(INSTALLED)  ## The long sweeps and soaks that `make test` leaves out, offline.
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests -m slow

@@ -367,9 +367,10 @@ def search_jobs(setting: Setting, result: dict[str, Any]) -> Iterator[Job]:
 
 
 def test_jobs(setting: Setting, result: dict[str, Any]) -> Iterator[Job]:
-    """The runs that count, at the learning rates that were found."""
-    for dataset, methods in setting.methods.items():
-        for seed in setting.seeds:
+    """The runs that count, at the learning rates that were found; seed by seed, so that a run that is cut short has
+    whole ones."""
+    for seed in setting.seeds:
+        for dataset, methods in setting.methods.items():
             for method in methods:
                 rate = best_rate(result, dataset, method)
                 key = {"dataset": dataset, "method": method, "rate": rate, "seed": seed, "split": "test"}
@@ -417,12 +418,16 @@ def run_all(path: Path, header: dict[str, Any], folder: Path, setting: Setting, 
         while jobs := missing(search_jobs(setting, result)) or missing(test_jobs(setting, result)):
             futures = [pool.submit(do, job, folder, setting, device) for job in jobs]
             tables = {future: job.table for future, job in zip(futures, jobs)}
-            for future in (progress := tqdm(as_completed(futures), total=len(futures), unit="run")):
-                row = future.result()
-                result[tables[future]].append(row)
-                result["memory"].sort(key=lambda row: list(METHODS).index(row["method"]))
-                write_result(path, result)
-                progress.write(", ".join(f"{key} {value}" for key, value in row.items()))
+            try:
+                for future in (progress := tqdm(as_completed(futures), total=len(futures), unit="run")):
+                    row = future.result()
+                    result[tables[future]].append(row)
+                    result["memory"].sort(key=lambda row: list(METHODS).index(row["method"]))
+                    write_result(path, result)
+                    progress.write(", ".join(f"{key} {value}" for key, value in row.items()))
+            except BaseException:  # which is not to wait for the others
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
     return result
 
 

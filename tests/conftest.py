@@ -29,6 +29,19 @@ if TIMM_FOLDER.is_dir():
         TORCHVISION.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
+# Most of the time these run Python code of torch, which takes twice as long while coverage follows it; the lines of the
+# package that they reach are reached by others too.
+NOT_FOLLOWED = {
+    "test_compile.py", "test_corpus.py", "test_coverage.py", "test_export.py", "test_inline.py", "test_triton.py",
+}  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.name in NOT_FOLLOWED:
+            item.add_marker(pytest.mark.no_cover)
+
+
 @pytest.fixture
 def function_mode(monkeypatch):
     """No block gets a plan: for tests of something else, since making plans of a small model takes longer than training

@@ -82,12 +82,20 @@ def check_same_program(whole: Joint, tile: Joint, count: int, size: int) -> None
             return True
         return sizes and type(a) is int and type(b) is int and a * size == b * count
 
+    def alike(a: Any, b: Any) -> bool:
+        """Whether results have as many dimensions, which `squeeze` takes from a single sample."""
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            shapes = zip(a.shape, b.shape)
+            return a.dim() == b.dim() and all(m == n or m * size == n * count for m, n in shapes)
+        return type(a) is type(b) and (not isinstance(a, (list, tuple)) or all(map(alike, a, b)))
+
     same = len(one) == len(other) and all(
         a.op == b.op
         and (a.op == "placeholder" or a.target == b.target or a.op == "get_attr")
         and agree(a.args, b.args, getattr(a.target, "overloadpacket", None) in _SHAPES)
         and agree(a.kwargs, b.kwargs, False)
         and (a.op != "get_attr" or a.meta["constant"] is b.meta["constant"])
+        and alike(value(a), value(b))
         for a, b in zip(one, other)
     )
     if not same or whole.slots != tile.slots or whole.wanted != tile.wanted:
