@@ -30,7 +30,13 @@ test: $(INSTALLED)  ## Run all tests, offline, in two processes; show the slowes
 coverage: $(INSTALLED)  ## What the last `make test` left uncovered, by file.
 	$(BIN)/coverage report --show-missing
 
-test-slow: $(INSTALLED)  ## The long sweeps and soaks that `make test` leaves out, offline.
+# Of the libraries that the slow tests train with: DeepSpeed's setup looks at the installed torch.
+$(VENV)/.engines: $(INSTALLED)
+	$(BIN)/pip install --quiet --constraint constraints/pinned.txt bitsandbytes torchao
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --constraint constraints/pinned.txt --no-build-isolation deepspeed
+	touch $@
+
+test-slow: $(VENV)/.engines  ## The long sweeps and soaks that `make test` leaves out, offline.
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests -m slow
 
 sanitize: $(INSTALLED)  ## The kernels' checks under address and undefined-behaviour sanitizers, for every instruction set here.

@@ -228,7 +228,7 @@ class _RunTiles(torch.autograd.Function):
                 plan.look(kept)
             kept_of_all += kept
             ctx.kept_by += [name for i, name in zip(plan.saved, plan.kept_by) if i is None]
-            del parts, kept, tile
+            del part, parts, kept, tile
         ctx.save_for_backward(*whole.values(), *kept_of_all)
         if len(plan.differentiable) < len(results):
             ctx.mark_non_differentiable(*(r for i, r in enumerate(results) if i not in plan.differentiable))
