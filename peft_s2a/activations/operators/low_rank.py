@@ -80,7 +80,9 @@ class _AddLowRank(torch.autograd.Function):
     def forward(ctx, base, hidden, up, scaling, activation, channels_first, quantizer):
         kept = (None, None)
         if ctx.needs_input_grad[2] or (ctx.needs_input_grad[1] and activation is not None):
-            kept = encode_rows(hidden.flatten(1) if channels_first else hidden.reshape(-1, hidden.shape[-1]), quantizer)
+            kept = encode_rows(
+                hidden.flatten(1) if channels_first else hidden.reshape(-1, hidden.shape[-1]), quantizer
+            )
         ctx.save_for_backward(*kept, up)
         ctx.scaling, ctx.channels_first, ctx.quantizer = scaling, channels_first, quantizer
         ctx.function = None if activation is None else activation_function(activation)
