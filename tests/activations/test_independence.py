@@ -40,10 +40,10 @@ def proved(function, x: Tensor, shared=(), sizes=SIZES):
         return joint
 
     whole = record(len(x))
-    samples = prove(whole)
+    states = prove(whole)
     for size in sizes:
-        check_same_program(whole, record(size), len(x), size)
-    return samples
+        check_same_program(whole, record(size), states, len(x), size)
+    return [states[node] for node in whole.graph.output_node().args[0]]
 
 
 def assert_equal_in_tiles(function, x: Tensor, samples, splits=SPLITS) -> None:
@@ -142,6 +142,9 @@ REFUSED = {
     "padded": (TOKENS, lambda x: F.pad(x, (0, 0, 0, 0, 1, 0))[:-1], ""),
     "picked": (TOKENS, lambda x: x[AGAIN], "picks among samples"),
     "repeated": (FLAT, lambda x: x.repeat(2, 1), "repeats the batch"),
+    "rows of a length that happens to be the number of samples": (
+        FLAT, lambda x: (torch.cat([W, W[:4]]) @ x.t()).reshape(-1, N), "number of samples",
+    ),
     "samples as channels": (IMAGES, lambda x: F.conv2d(x.transpose(0, 1), FROM_SAMPLES), "mix"),
     "samples look each other up": (FLAT, lambda x: F.embedding(torch.arange(N), x), "looked up"),
     "softmax over the batch": (TOKENS, lambda x: x.softmax(0), "along the batch"),
@@ -293,7 +296,7 @@ def verdicts(seeds):
 
 
 def test_no_random_program_is_proved_that_mixes_samples():
-    found = list(verdicts(range(250)))
+    found = list(verdicts([*range(250), 7821]))  # the last was, once
     assert len(found) > 40
     assert not any(found), next(filter(None, found))
 
@@ -303,7 +306,8 @@ def test_nor_among_many():
     assert not any(found := list(verdicts(range(1000, 20_000)))), next(filter(None, found))
 
 
-@pytest.mark.parametrize("name", ["cat", "cumsum", "mean", "roll", "select"])
+# wrong rules of operators that change shapes, such as `select`, are stopped by the shapes of a tile
+@pytest.mark.parametrize("name", ["cumsum", "flip", "roll"])
 def test_a_rule_that_is_wrong_is_found(name, monkeypatch):
     def trusting(proof, node, x, *args, **kwargs):
         size = node.meta["val"].shape[0] if node.meta["val"].dim() else 0

@@ -63,8 +63,9 @@ class _Proof:
         return any(isinstance(self.of(x), Samples) for x in operands if isinstance(x, fx.Node))
 
 
-def follow(graph: fx.Graph, batched: Sequence[fx.Node], count: int, results: Sequence[fx.Node]) -> list[Samples]:
-    """Where ``count`` samples are in ``results``, starting from the first dimension of the placeholders ``batched``.
+def follow(graph: fx.Graph, batched: Sequence[fx.Node], count: int, results: Sequence[fx.Node]) -> dict[fx.Node, Any]:
+    """Where ``count`` samples are in ``results`` and in what these depend on, starting from the first dimension of the
+    placeholders ``batched``.
 
     Random numbers are taken to be drawn for every sample where their first dimension allows it: a caller that runs a few
     samples at a time has to draw them for all.
@@ -82,10 +83,9 @@ def follow(graph: fx.Graph, batched: Sequence[fx.Node], count: int, results: Seq
             proof.states[node] = Shared()
         elif node.op == "call_function" and node in needed:
             proof.states[node] = _state(proof, node)
-    found = [proof.states[result] for result in results]
-    if not all(isinstance(state, Samples) for state in found):
+    if not all(isinstance(proof.states[result], Samples) for result in results):
         raise Dependent("a result is not made of samples")
-    return found
+    return proof.states
 
 
 def ancestors(graph: fx.Graph, results: Sequence[fx.Node]) -> list[fx.Node]:

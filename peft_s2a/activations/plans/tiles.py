@@ -44,8 +44,8 @@ def batched_arguments(joint: Joint) -> list[fx.Node]:
     ]
 
 
-def prove(joint: Joint) -> list[Samples]:
-    """Where the samples are in the results of a call.
+def prove(joint: Joint) -> dict[fx.Node, Any]:
+    """Where the samples are in the results of a call, and in what these depend on.
 
     Raises:
         Dependent: if they may influence one another.
@@ -61,8 +61,9 @@ def prove(joint: Joint) -> list[Samples]:
     return follow(joint.graph, batched, count, results)
 
 
-def check_same_program(whole: Joint, tile: Joint, count: int, size: int) -> None:
-    """That the results of a call recorded with ``size`` samples are computed as those with ``count`` are.
+def check_same_program(whole: Joint, tile: Joint, states: dict[fx.Node, Any], count: int, size: int) -> None:
+    """That the results of a call recorded with ``size`` samples are computed as those with ``count`` are, whose ``states``
+    were proved: with fewer entries there where the samples are, and nowhere else.
 
     Raises:
         Dependent: if an operator, or a number that is not a size, differs.
@@ -82,12 +83,13 @@ def check_same_program(whole: Joint, tile: Joint, count: int, size: int) -> None
             return True
         return sizes and type(a) is int and type(b) is int and a * size == b * count
 
-    def alike(a: Any, b: Any) -> bool:
-        """Whether results have as many dimensions, which `squeeze` takes from a single sample."""
-        if isinstance(a, Tensor) and isinstance(b, Tensor):
-            shapes = zip(a.shape, b.shape)
-            return a.dim() == b.dim() and all(m == n or m * size == n * count for m, n in shapes)
-        return type(a) is type(b) and (not isinstance(a, (list, tuple)) or all(map(alike, a, b)))
+    def fewer(a: fx.Node, b: fx.Node) -> bool:
+        state, like, x = states.get(a), value(a), value(b)
+        if not isinstance(state, Samples) or not isinstance(like, Tensor):
+            return True
+        expected = list(like.shape)
+        expected[state.dim] = state.rows * size
+        return list(x.shape) == expected
 
     same = len(one) == len(other) and all(
         a.op == b.op
@@ -95,7 +97,7 @@ def check_same_program(whole: Joint, tile: Joint, count: int, size: int) -> None
         and agree(a.args, b.args, getattr(a.target, "overloadpacket", None) in _SHAPES)
         and agree(a.kwargs, b.kwargs, False)
         and (a.op != "get_attr" or a.meta["constant"] is b.meta["constant"])
-        and alike(value(a), value(b))
+        and fewer(a, b)
         for a, b in zip(one, other)
     )
     if not same or whole.slots != tile.slots or whole.wanted != tile.wanted:
@@ -153,17 +155,17 @@ def tiled_plan(whole: Joint, sizes: list[int], record: Callable[[int], Joint]) -
         Dependent: if samples may influence one another.
         Untraceable: if the call cannot be recorded with fewer samples.
     """
-    samples = prove(whole)
+    states = prove(whole)
     count = sum(sizes)
     plans = {}
     for size in dict.fromkeys(sizes):
         tile = record(size)
-        check_same_program(whole, tile, count, size)
+        check_same_program(whole, tile, states, count, size)
         lift_draws(tile)
         plans[size] = Plan.of(tile, split(tile))
     results = [
-        (where, tuple(value(node).shape), value(node).stride(), value(node).dtype)
-        for where, node in zip(samples, whole.graph.output_node().args[0])
+        (states[node], tuple(value(node).shape), value(node).stride(), value(node).dtype)
+        for node in whole.graph.output_node().args[0]
     ]
     held = batched_arguments(whole)
     batched = [i for i, node in enumerate(whole.inputs) if node in held]
