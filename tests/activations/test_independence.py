@@ -18,16 +18,19 @@ from peft_s2a.activations.plans.trace import trace
 
 
 N = 6  # samples
-SPLITS = ((2, 4), (1, 5), (3, 3))
-SIZES = (2, 4, 3)  # a single sample may lie in memory as views of it need not be copied, and that be another program
+SPLITS = ((2, 4), (3, 3))
+A_SINGLE_ONE = (
+    1,
+    5,
+)  # which may lie in memory as views of it need not be copied: that is another program, and refused
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def proved(function, x: Tensor, shared=(), sizes=SIZES):
-    """Where the samples are in the results of ``function(x)``, which may read the tensors ``shared``, in tiles of ``sizes``.
+def proved(function, x: Tensor, shared, split):
+    """Where the samples are in the results of ``function(x)``, which may read the tensors ``shared``, in tiles of ``split``.
 
     Raises:
         Dependent, Untraceable: if it has to run whole.
@@ -41,21 +44,20 @@ def proved(function, x: Tensor, shared=(), sizes=SIZES):
 
     whole = record(len(x))
     states = prove(whole)
-    for size in sizes:
+    for size in split:
         check_same_program(whole, record(size), states, len(x), size)
     return [states[node] for node in whole.graph.output_node().args[0]]
 
 
-def assert_equal_in_tiles(function, x: Tensor, samples, splits=SPLITS) -> None:
+def assert_equal_in_tiles(function, x: Tensor, samples, split) -> None:
     results, _ = tree_flatten(function(x))
-    for split in splits:
-        start = 0
-        for size in split:
-            parts, _ = tree_flatten(function(x[start : start + size]))
-            for where, result, part in zip(samples, results, parts):
-                expected = result.narrow(where.dim, where.rows * start, where.rows * size)
-                torch.testing.assert_close(part, expected, rtol=1e-9, atol=1e-9)
-            start += size
+    start = 0
+    for size in split:
+        parts, _ = tree_flatten(function(x[start : start + size]))
+        for where, result, part in zip(samples, results, parts):
+            expected = result.narrow(where.dim, where.rows * start, where.rows * size)
+            torch.testing.assert_close(part, expected, rtol=1e-9, atol=1e-9)
+        start += size
 
 
 TOKENS, IMAGES, FLAT = (N, 5, 8), (N, 4, 8, 8), (N, 8)
@@ -160,20 +162,37 @@ REFUSED = {
 def test_what_is_proved_is_equal_in_tiles(name):
     shape, function = PROVED[name]
     x = numbers(*shape)
-    samples = proved(function, x, SHARED)
-    assert_equal_in_tiles(function, x, samples, [split for split in SPLITS if set(split) <= set(SIZES)])
+    for split in SPLITS:
+        assert_equal_in_tiles(function, x, proved(function, x, SHARED, split), split)
     try:
-        proved(function, x, SHARED, (1, 5))
+        samples = proved(function, x, SHARED, A_SINGLE_ONE)
     except Dependent:
         return
-    assert_equal_in_tiles(function, x, samples)
+    assert_equal_in_tiles(function, x, samples, A_SINGLE_ONE)
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_mixes_samples_is_refused(name):
     shape, function, reason = REFUSED[name]
     with pytest.raises((Dependent, Untraceable), match=reason):
-        proved(function, numbers(*shape), SHARED)
+        proved(function, numbers(*shape), SHARED, SPLITS[0])
+
+
+REFUSED_FOR_A_SINGLE_ONE = {
+    "a class token that loses the dimension of its only sample": (
+        (N, 8, 8), lambda x: x + W[:1].expand(x.shape[0], 8).squeeze().unsqueeze(1),
+    ),
+    "samples counted beside channels": ((N, N), lambda x: x + x.new_ones(x.shape[0]).cumsum(0)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED_FOR_A_SINGLE_ONE)
+def test_what_is_shared_but_of_another_shape_beside_a_single_sample_is_refused(name):
+    shape, function = REFUSED_FOR_A_SINGLE_ONE[name]
+    x = numbers(*shape)
+    assert not torch.allclose(function(x[:1]), function(x)[:1])
+    with pytest.raises(Dependent):
+        proved(function, x, SHARED, A_SINGLE_ONE[:1])
 
 
 # Programs: steps that read earlier values, (name, indices of the values, numbers). Sizes collide on purpose.
@@ -283,13 +302,13 @@ def verdicts(seeds):
         def function(x, program=program):
             return interpret(program, x)
 
-        for split in SPLITS:
+        for split in (*SPLITS, A_SINGLE_ONE):
             try:
                 samples = proved(function, x, CONSTANTS, split)
             except Exception:  # a planner runs them whole
                 continue
             try:
-                assert_equal_in_tiles(function, x, samples, [split])
+                assert_equal_in_tiles(function, x, samples, split)
                 yield None
             except (AssertionError, RuntimeError, IndexError) as error:
                 yield f"seed {seed}, split {split} of {tuple(x.shape)}: {program}\n{str(error)[:200]}"

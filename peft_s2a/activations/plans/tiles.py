@@ -17,7 +17,7 @@ from ...compat import AUTOCAST_KEYS, BelowAutograd, DisableTorchFunction, Withou
 from ..operators.common import refuse_double_backward
 from .codegen import laid_out
 from .graph import Halves, is_random, memories, split, value, written
-from .independence import Dependent, Samples, ancestors, follow
+from .independence import Dependent, Samples, Shared, ancestors, follow
 from .run import Plan
 from .trace import TENSOR, Joint, aten
 
@@ -83,13 +83,20 @@ def check_same_program(whole: Joint, tile: Joint, states: dict[fx.Node, Any], co
             return True
         return sizes and type(a) is int and type(b) is int and a * size == b * count
 
-    def fewer(a: fx.Node, b: fx.Node) -> bool:
+    def fits(a: fx.Node, b: fx.Node) -> bool:
         state, like, x = states.get(a), value(a), value(b)
-        if not isinstance(state, Samples) or not isinstance(like, Tensor):
+        if not isinstance(like, Tensor):  # a tuple: its parts follow
             return True
-        expected = list(like.shape)
-        expected[state.dim] = state.rows * size
-        return list(x.shape) == expected
+        if isinstance(state, Samples):
+            shape = list(like.shape)
+            shape[state.dim] = state.rows * size
+            return list(x.shape) == shape
+        # what is shared may be as long as the batch where it repeats itself
+        periods = state.periods if isinstance(state, Shared) else {}
+        return like.dim() == x.dim() and all(
+            m == n or (m * size == n * count and d in periods and n % periods[d] == 0)
+            for d, (m, n) in enumerate(zip(like.shape, x.shape))
+        )
 
     same = len(one) == len(other) and all(
         a.op == b.op
@@ -97,7 +104,7 @@ def check_same_program(whole: Joint, tile: Joint, states: dict[fx.Node, Any], co
         and agree(a.args, b.args, getattr(a.target, "overloadpacket", None) in _SHAPES)
         and agree(a.kwargs, b.kwargs, False)
         and (a.op != "get_attr" or a.meta["constant"] is b.meta["constant"])
-        and fewer(a, b)
+        and fits(a, b)
         for a, b in zip(one, other)
     )
     if not same or whole.slots != tile.slots or whole.wanted != tile.wanted:
