@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 _PLANS_PER_MODULE = 8  # of other shapes: beyond, the module runs without a plan
 _OBSERVATIONS = 3  # that may set up attributes
 # Bytes for the working set of one tile: enough for its operators to have work to do, small beside the codes that are kept.
-_ROOM = {"cpu": 4 * 2**20}
+_ROOM = {"cpu": 8 * 2**20}
 _DEFAULT_ROOM = 8 * 2**24
 _DISCARDED = object()
 _lock = threading.RLock()
