@@ -527,12 +527,8 @@ def _index(proof, node, x, indices):
     if state.dim >= picked[0]:
         raise Dependent("it picks among samples")
     if picked[-1] - picked[0] >= len(picked):  # what is picked from dimensions far apart goes to the front
-        return Samples(state.dim + _most_dims(indices), state.rows)
+        return Samples(state.dim + max(value(indices[d]).dim() for d in picked), state.rows)
     return state
-
-
-def _most_dims(indices: Sequence[fx.Node | None]) -> int:
-    return max(value(i).dim() for i in indices if i is not None)
 
 
 @_rule(aten._scaled_dot_product_flash_attention_for_cpu)
