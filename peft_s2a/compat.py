@@ -290,6 +290,17 @@ def is_capturing_outputs() -> bool:
     return bool(output_capturing._active_collector.get())
 
 
+_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+
+def name_in_state(name: str) -> str:
+    """What a module's name of `named_modules` is in a state dict: FullyShardedDataParallel and torch's
+    `checkpoint_wrapper` leave themselves out there."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
 # torchao's weights that products read dequantised, whose `dequantize` gives those very numbers.
 _WEIGHTS_ONLY = ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor")
 _OF_ACTIVATIONS = ("act_quant_kwargs", "activation_quantization", "act_pre_scale")

@@ -101,9 +101,10 @@ class BatchNormLayer(BiasLayer):
         statistics = next(filter(None, map(self._own_statistics, adapters)), None)
         if statistics is not None:
             tensors.update(statistics)
-            for name, value in self.base_layer.named_parameters(recurse=False):
-                # Torch wants weights and statistics of one dtype; PEFT keeps an adapter's in float32.
-                tensors[name] = tensors.get(name, value).to(statistics["running_mean"].dtype)
+            for name in ("weight", "bias"):
+                value = tensors.get(name, getattr(self.base_layer, name))
+                if value is not None:  # torch wants it of the statistics' dtype; PEFT keeps an adapter's in float32
+                    tensors[name] = value.to(statistics["running_mean"].dtype)
         return tensors, offset
 
     def _merge_adapter(self, adapter_name: str, sign: int) -> dict[torch.Tensor, torch.Tensor]:

@@ -110,7 +110,7 @@ class BiasLayer(S2ALayer):
         )
         if not parameters:
             output = base_layer(*args, **kwargs)
-        elif torch.compiler.is_compiling():
+        elif torch.compiler.is_compiling() and parameters.keys().isdisjoint(base_layer.__dict__):
             output = functional_call(base_layer, parameters, args, kwargs)
         elif watched:
             output = _call_watched(base_layer, parameters, args, kwargs)
@@ -203,7 +203,7 @@ def _takes_bias_inside(layer: nn.Module, watched: bool, reads_its_bias: bool) ->
     bitsandbytes' read their bias as torch's do.
     A norm of another class has its channels on an axis that only itself knows.
     """
-    if not isinstance(getattr(layer, "bias", None), nn.Parameter):
+    if not isinstance(getattr(layer, "bias", None), torch.Tensor):
         return False
     if _is_stock(layer) or reads_its_bias:
         return not watched
@@ -221,18 +221,27 @@ def _call_with(
     """`layer(*args, **kwargs)` with other parameters and buffers; by default without its hooks.
 
     It runs on a shallow copy: to put them into the layer itself, as `torch.func.functional_call` does, would show them
-    to whatever else uses the layer meanwhile, such as other threads.
+    to whatever else uses the layer meanwhile, such as other threads. Under FullyShardedDataParallel an attribute of the
+    same name hides the parameter, and has to be replaced too.
     """
     copy = object.__new__(type(layer))
     state = copy.__dict__
     state.update(layer.__dict__)
     state.pop("forward", None)
-    for kind in ("_parameters", "_buffers"):
-        state[kind] = {name: tensors.get(name, tensor) for name, tensor in state[kind].items()}
+    state["_parameters"], state["_buffers"] = dict(layer._parameters), dict(layer._buffers)
+    for name, tensor in tensors.items():
+        holders = [holder for holder in (state["_parameters"], state["_buffers"], state) if name in holder]
+        if not holders:
+            raise RuntimeError(
+                f"S2A trains an offset of {name!r} of a {type(layer).__name__}, which computes it anew at every call, as "
+                "parametrisations do: its offset would be lost. Leave the module out with `exclude_modules`."
+            )
+        for holder in holders:
+            holder[name] = tensor
     output = copy(*args, **kwargs) if hooks else copy.forward(*args, **kwargs)
     if not _is_stock(layer):  # what it notes down is its own
         own = layer.__dict__
-        kept = ("_parameters", "_buffers", "forward")
+        kept = ("_parameters", "_buffers", "forward", *tensors)
         own.update({name: value for name, value in state.items() if name not in kept and own.get(name) is not value})
     return output
 
@@ -242,7 +251,7 @@ def _call_watched(
 ) -> torch.Tensor:
     """What `_call_with` computes, for a layer with hooks or a forward of its own: they see it run with its own
     parameters, as they would under any tuner, and what the others change is added to its output."""
-    if not tensors.keys() <= layer._parameters.keys():  # statistics, which no second run may follow
+    if not tensors.keys().isdisjoint(layer._buffers):  # statistics, which no second run may follow
         return _call_with(layer, tensors, args, kwargs, hooks=True)
     buffers = {name: buffer.clone() for name, buffer in layer._buffers.items() if buffer is not None}
     change = _call_with(layer, {**buffers, **tensors}, args, kwargs) - _call_with(layer, dict(buffers), args, kwargs)

@@ -87,16 +87,13 @@ class LadderRung(_LadderBase):
         if adapter_name not in self.s2a_down:
             return state
         features = self.in_flight.pop(adapter_name)
-        if hasattr(self.s2a_shift[adapter_name], "full_tensor"):  # a DTensor: sharded, and not gathered now
-            raise RuntimeError(
-                "The ladder's parameters are sharded with single blocks of the backbone, but it runs outside of them. Call "
-                '`fully_shard` on the whole model alone, or use `side_mode="residual"`.'
-            )
-        features = features + self.s2a_shift[adapter_name].to(features.dtype)
+        rank = features.shape[-1]
+        features = features + _whole(self.s2a_shift[adapter_name], rank).to(features.dtype)
         if state is None:
             return self.activation(features)
         state = resample(state.to(features.dtype), features.shape[1:-1])
-        return state + self.activation(features + F.linear(state, self.s2a_mix[adapter_name].to(features.dtype)))
+        mix = _whole(self.s2a_mix[adapter_name], rank, rank).to(features.dtype)
+        return state + self.activation(features + F.linear(state, mix))
 
 
 class LadderTop(_LadderBase):
@@ -191,7 +188,8 @@ class LadderTop(_LadderBase):
             state = None
             for rung in self._rungs:
                 state = rung.step(adapter_name, state)
-            up = self.s2a_up[adapter_name].to(state.dtype) * self.scaling[adapter_name]
+            up = _whole(self.s2a_up[adapter_name], self.width, state.shape[-1]).to(state.dtype)
+            up = up * self.scaling[adapter_name]
             self.in_flight[adapter_name] = F.linear(state.flatten(1, -2).mean(1), up)
         if adapter_name not in self.in_flight:
             raise RuntimeError(
@@ -199,6 +197,17 @@ class LadderTop(_LadderBase):
                 "call the whole model, or its backbone and then its heads."
             )
         return self.in_flight[adapter_name]
+
+
+def _whole(parameter: torch.Tensor, *shape: int) -> torch.Tensor:
+    """`parameter`, which is sharded and not gathered now if it is a DTensor (FSDP2) or of another shape (FSDP1)."""
+    if hasattr(parameter, "full_tensor") or parameter.shape != shape:
+        raise RuntimeError(
+            "The ladder's parameters are sharded with single blocks of the backbone, but it runs outside of them. Shard "
+            "the whole model alone (`fully_shard(model)`, or `FullyShardedDataParallel(model)` without a wrapping "
+            'policy), or use `side_mode="residual"`.'
+        )
+    return parameter
 
 
 def resample(state: torch.Tensor, positions: torch.Size) -> torch.Tensor:

@@ -24,7 +24,7 @@ from peft_s2a.anatomy import (
     side_entry,
     visible_modules,
 )
-from peft_s2a.compat import BufferDict, ExcludedModule, is_quantized_weight
+from peft_s2a.compat import BufferDict, ExcludedModule, is_quantized_weight, name_in_state
 from peft_s2a.config import _S2ABaseConfig
 from peft_s2a.loading import check_values, some
 from peft_s2a.parallelism import refuse_partitioned, refuse_tensor_parallel
@@ -376,7 +376,41 @@ class S2AModel(BaseTuner):
             layer.merged_adapters = []
         return super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
 
-    # Loading: broken weights are refused before anything is copied.
+    # Saving and loading: nothing is lost on the way out, and broken weights are refused before anything is copied.
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: _S2ABaseConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        found = super()._get_adapter_state_dict(
+            model=model,
+            config=config,
+            adapter_name=adapter_name,
+            state_dict=state_dict,
+            unwanted_adapter_names=unwanted_adapter_names,
+        )
+        own = {
+            f"{name_in_state(prefix)}.{name}.{adapter_name}"
+            for prefix, module in model.named_modules()
+            if isinstance(module, S2ALayer)
+            for name in (*module.adapter_layer_names, *module.other_param_names)
+            if adapter_name in getattr(module, name)
+        }
+        found |= {
+            key: state_dict[key] for key in own if key in state_dict
+        }  # PEFT looks for wrapped modules by other names
+        missing = own - found.keys()
+        if missing and found:  # processes that save nothing come with an empty state
+            raise ValueError(
+                f"`state_dict` lacks {len(missing)} of the {len(own)} tensors of the adapter {adapter_name!r} "
+                f"({some(sorted(missing))}), so it is not saved. Give the whole model's, with its own names."
+            )
+        return found
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -387,6 +421,8 @@ class S2AModel(BaseTuner):
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
         own, known = cls._own_names(model, adapter_name), model.state_dict().keys()
+        named = ((f"{key}.{adapter_name}", key, value) for key, value in remapped.items())
+        remapped = {new if new in own else key: value for new, key, value in named}  # of wrapped modules, see above
         # Parameters that this model lacks are left to PEFT, which reports them.
         foreign = [
             key
@@ -405,6 +441,7 @@ class S2AModel(BaseTuner):
         """The names in `model.state_dict()` of what belongs to an adapter."""
         names = set()
         for prefix, module in model.named_modules():
+            prefix = name_in_state(prefix)
             if isinstance(module, S2ALayer):
                 for name in (*module.adapter_layer_names, *module.other_param_names):
                     names.add(f"{prefix}.{name}.{adapter_name}")

@@ -98,6 +98,25 @@ def test_gradients_are_those_of_the_formula(layer):
 
 
 @pytest.mark.parametrize("layer", LAYERS)
+def test_a_plain_tensor_may_hide_a_parameter(layer):
+    """As under FullyShardedDataParallel, which puts what it has gathered there while the model runs."""
+    wrapper, x, _ = make(layer)
+    expected, base = wrapper(x), wrapper.get_base_layer()
+    for name, parameter in list(base.named_parameters()):
+        delattr(base, name)
+        setattr(base, name, parameter.detach().clone())
+        base._parameters[name] = getattr(base, name)
+    torch.testing.assert_close(wrapper(x), expected)
+
+
+def test_an_offset_of_what_is_computed_anew_is_not_lost_in_silence():
+    wrapper, x, _ = make("layer norm")
+    nn.utils.parametrize.register_parametrization(wrapper.get_base_layer(), "weight", nn.Softplus(), unsafe=True)
+    with pytest.raises(RuntimeError, match="computes it anew at every call"):
+        wrapper(x)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
 def test_merging_gives_the_same_output(layer):
     wrapper, x, _ = make(layer)
     base = wrapper.get_base_layer()

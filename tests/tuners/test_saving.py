@@ -12,9 +12,11 @@ import families
 import pytest
 import torch
 from methods import METHODS, S2A, assert_untouched, base_model, logits, make_config, snapshot, train_a_little
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from transformers.models.vit.modeling_vit import ViTLayer
 
 from peft_s2a import S2ABiasConfig, S2AConfig, S2ASideConfig
 
@@ -346,6 +348,31 @@ class TestRoundTrips:
             was.pop(key), now.pop(key)
         assert now == was
         assert torch.equal(logits(loaded), logits(model))
+
+    @every_s2a
+    def test_modules_wrapped_in_checkpoints_are_saved_and_loaded(self, method, tmp_path):
+        """By torch's `checkpoint_wrapper`, as Accelerate's FSDP plugin does: PEFT looks for them by other names."""
+        plain, wrapped = trained(method), trained(method)
+        apply_activation_checkpointing(wrapped, check_fn=lambda module: isinstance(module, ViTLayer))
+        assert any("_checkpoint_wrapped_module" in name for name, _ in wrapped.named_modules())
+        plain.save_pretrained(tmp_path / "plain"), wrapped.save_pretrained(tmp_path / "wrapped")
+        expected, actual = (load_file(tmp_path / name / WEIGHTS) for name in ("plain", "wrapped"))
+        assert actual.keys() == expected.keys()
+        assert all(torch.equal(actual[name], expected[name]) for name in expected)
+        again = get_peft_model(base_model(), make_config(method))
+        apply_activation_checkpointing(again, check_fn=lambda module: isinstance(module, ViTLayer))
+        set_peft_model_state_dict(again, expected)
+        assert torch.equal(logits(again), logits(plain))
+
+    @every_s2a
+    def test_a_state_that_lacks_tensors_is_not_saved(self, method, tmp_path):
+        model = trained(method)
+        state = model.state_dict()
+        key = next(key for key in state if "s2a_" in key)
+        state[f"module.{key}"] = state.pop(key)
+        with pytest.raises(ValueError, match=r"`state_dict` lacks 1 of the \d+ tensors"):
+            model.save_pretrained(tmp_path, state_dict=state)
+        assert not list(tmp_path.glob("*.safetensors"))
 
     @every_method
     def test_training_goes_on_where_it_stopped(self, method, saved):

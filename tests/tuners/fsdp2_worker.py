@@ -1,4 +1,4 @@
-"""Run by `test_fsdp.py` in two processes: sharded training, saved and resumed, beside that of one process."""
+"""Run by `test_fsdp.py` in two processes: training sharded by `fully_shard`, saved and resumed, beside that of one process."""
 
 import sys
 import warnings
@@ -10,13 +10,12 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-from peft_s2a import S2AConfig
+from two_processes import ALL_EQUAL, assert_close, build, losses, sgd
 
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "distributed"))
@@ -26,40 +25,15 @@ from fsdp_on_cpu import shard_on_cpu
 LADDER = {"structures": ("side",), "side_mode": "ladder"}
 
 
-def build(family: str, options: dict) -> nn.Module:
-    torch.manual_seed(0)
-    config = S2AConfig(init_weights=False, activation_quantization={"bits": 8}, **options)
-    return get_peft_model(families.FAMILIES[family](), config)
-
-
 def blocks(model: nn.Module) -> list[nn.Module]:
     """Inner ones first, as `fully_shard` wants them."""
     parts = [(name.split("."), module) for name, module in model.named_modules()]
     return [m for name, m in parts if len(name) > 1 and name[-1].isdigit() and name[-2] in ("layers", "stages")][::-1]
 
 
-def losses(model: nn.Module, rank: int, world: int, steps: range = range(3)) -> list[float]:
-    optimizer, found = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-2), []
-    for seed in steps:
-        images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(seed)).chunk(world)[rank]
-        loss = model(pixel_values=images, labels=(torch.arange(4) % 5).chunk(world)[rank]).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        mean = loss.detach().clone()
-        if world > 1:
-            dist.all_reduce(mean)
-        found.append(mean.item() / world)
-    return found
-
-
-def assert_close(actual: list[float], expected: list[float], tolerance: float = 1e-4) -> None:
-    assert max(abs(a - b) for a, b in zip(actual, expected, strict=True)) < tolerance, (actual, expected)
-
-
 def check_saving(folder: Path, rank: int, world: int) -> None:
     """The adapter saved from shards is the one that a single process saves, and a sharded model goes on from it."""
-    one, two = build("vit", {}), build("vit", {})
+    one, two = build("vit"), build("vit")
     for part in (*blocks(two), two):
         fully_shard(part)
     assert_close(losses(two, rank, world), losses(one, 0, 1))
@@ -82,11 +56,11 @@ def check_saving(folder: Path, rank: int, world: int) -> None:
 
 
 def check_mixed_precision(rank: int, world: int) -> None:
-    model, seen = build("vit", {}), set()
+    model, seen = build("vit"), set()
     for part in (*blocks(model), model):
         fully_shard(part, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
     blocks(model)[0].register_forward_hook(lambda module, args, output: seen.add(output.dtype))
-    assert_close(losses(model, rank, world), losses(build("vit", {}), 0, 1), tolerance=2e-2)
+    assert_close(losses(model, rank, world), losses(build("vit"), 0, 1), tolerance=2e-2)
     assert seen == {torch.bfloat16}
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
@@ -101,10 +75,10 @@ def check_accelerate(rank: int, world: int) -> None:
         cpu_ram_efficient_loading=False,
     )
     accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
-    model = build("vit", {})
-    prepared, _ = accelerator.prepare(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad]))
+    model = build("vit")
+    prepared, _ = accelerator.prepare(model, sgd(model))
     assert all(hasattr(parameter, "full_tensor") for parameter in prepared.parameters())
-    assert_close(losses(prepared, rank, world), losses(build("vit", {}), 0, 1))
+    assert_close(losses(prepared, rank, world), losses(build("vit"), 0, 1))
 
 
 def main() -> None:
@@ -119,17 +93,15 @@ def main() -> None:
         for block in blocks(model) if by_block else ():
             fully_shard(block)
         fully_shard(model)
-        actual = losses(model, rank, world)
-        assert max(abs(a - b) for a, b in zip(actual, expected)) < 1e-4, (family, options, actual, expected)
-        assert expected[-1] != expected[0]
+        assert_close(losses(model, rank, world), expected)
     model = build("vit", LADDER)
     for part in (*blocks(model), model):
         fully_shard(part)
-    with pytest.raises(RuntimeError, match="on the whole model alone"):
+    with pytest.raises(RuntimeError, match="the whole model alone"):
         losses(model, rank, world)
     check_accelerate(rank, world)
     if rank == 0:
-        print("all equal")
+        print(ALL_EQUAL)
     dist.destroy_process_group()
 
 

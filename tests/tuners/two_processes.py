@@ -1,0 +1,96 @@
+"""Training in two processes over gloo, beside one: what the workers and the tests that start them share."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from families import FAMILIES
+from peft import get_peft_model
+from torch import Tensor, nn
+
+from peft_s2a import S2AConfig
+
+
+ALL_EQUAL = "all equal"  # a worker's last word
+
+
+def launch(worker: str, *arguments: str, timeout: int = 500) -> None:
+    """Run a script beside this one in two processes."""
+    folder = Path(__file__).parent
+    path = os.pathsep.join([str(folder.parent), str(folder.parents[1]), os.environ.get("PYTHONPATH", "")])
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         str(folder / worker), *arguments],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=timeout,
+    )  # fmt: skip
+    errors, *_ = run.stderr.partition("torch/distributed/elastic")  # what follows is the launcher's own
+    assert ALL_EQUAL in run.stdout, errors[-3000:]
+
+
+def build(family: str, options: dict | None = None) -> nn.Module:
+    """S2A on a small model, at 8 bits: 4-bit codes depend on how a batch is split."""
+    torch.manual_seed(0)
+    config = S2AConfig(init_weights=False, **{"activation_quantization": {"bits": 8}, **(options or {})})
+    model = get_peft_model(FAMILIES[family](), config)
+    for module in model.modules():  # stochastic depth draws for each image of a process
+        if hasattr(module, "drop_prob"):
+            module.drop_prob = 0.0
+    return model
+
+
+def batch(seed: int, rank: int, world: int) -> dict[str, Tensor]:
+    """What one of `world` processes gets of a batch of four images."""
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+    return {"pixel_values": images.chunk(world)[rank], "labels": (torch.arange(4) % 5).chunk(world)[rank]}
+
+
+def mean_over_processes(loss: Tensor, world: int) -> float:
+    mean = loss.detach().clone()
+    if world > 1:
+        dist.all_reduce(mean)
+    return mean.item() / world
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-2)
+
+
+def steps_of_sgd(model: nn.Module) -> Callable[[Tensor], None]:
+    optimizer = sgd(model)
+
+    def step(loss: Tensor) -> None:
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def losses(
+    model: nn.Module, rank: int, world: int, seeds: range = range(3), step: Callable[[Tensor], None] | None = None
+) -> list[float]:
+    """Of some steps, over the whole batch."""
+    step, found = step or steps_of_sgd(model), []
+    for seed in seeds:
+        loss = model(**batch(seed, rank, world)).loss
+        step(loss)
+        found.append(mean_over_processes(loss, world))
+    return found
+
+
+def assert_close(actual: list[float], expected: list[float], tolerance: float = 1e-4) -> None:
+    assert max(abs(a - b) for a, b in zip(actual, expected, strict=True)) < tolerance, (actual, expected)
+    assert len(set(expected)) == len(expected), f"nothing was learned: {expected}"
+
+
+def assert_same_trained(actual: nn.Module, expected: nn.Module) -> None:
+    """All trained parameters are equal within rounding."""
+    pairs = zip(actual.named_parameters(), expected.parameters(), strict=True)
+    trained = [(name, a.detach(), b.detach()) for (name, a), b in pairs if b.requires_grad]
+    assert trained
+    for name, a, b in trained:
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=name)
