@@ -172,7 +172,7 @@ class RandomCase(Case):
         self.dtype = getattr(torch, spec.dtype)
         # rounding of results in bfloat16 is not reproduced bit by bit, and decides about gradients
         self.bits_matter = spec.dtype != "bfloat16"
-        self.is_autocast = spec.autocast
+        self.has_float64 = not spec.autocast
         if spec.autocast or spec.dtype == "bfloat16":
             self.output_error = 4e-2
             self.error, self.cosine, self.norm = 0.15, 0.98, 0.08

@@ -7,7 +7,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from peft_s2a import quantize_activations, restore_activations
 
-from .cases import DEFAULT, TILES, Case
+from .cases import DEFAULT, FOUR_BITS, TILES, Case
 from .overwriting import Perceptron
 
 
@@ -31,6 +31,8 @@ class Attention(nn.Module):
 
 
 class MaskCase(NumericsCase):
+    has_float64 = False
+
     def mask(self, x):
         raise NotImplementedError
 
@@ -71,6 +73,13 @@ class MaskedByBillion(MaskedByMinimum):
     lowest = -1e9
 
 
+class MaskedByBillionOfHeads(MaskedByBillion):
+    """The same, in a mask with an axis of heads."""
+
+    def mask(self, x):
+        return super().mask(x).repeat(1, 4, 1, 1)
+
+
 class QueriesMasked(MaskedByMinimum):
     """The rows of padded queries are masked by `finfo.min`."""
 
@@ -87,12 +96,27 @@ class BiasWithOffset(MaskCase):
         return 1e5 + torch.arange(12, dtype=x.dtype).sub(6).abs().mul(-0.25).expand(1, 1, 12, 12)
 
 
+class BiasOfHeadsWithOffset(BiasWithOffset):
+    """The same, in a mask with an axis of heads."""
+
+    def mask(self, x):
+        return super().mask(x).repeat(1, 4, 1, 1)
+
+
 class AlibiFarOut(MaskCase):
     """ALiBi from position 1500 on."""
 
+    base = 2.0
+
     def mask(self, x):
-        slopes = 2.0 ** -torch.arange(1, 5, dtype=x.dtype).view(1, 4, 1, 1)
+        slopes = self.base ** -torch.arange(1, 5, dtype=x.dtype).view(1, 4, 1, 1)
         return slopes * (1500 + torch.arange(12, dtype=x.dtype)).expand(1, 1, 12, 12)
+
+
+class AlibiWithOtherSlopes(AlibiFarOut):
+    """ALiBi from position 1500 on, as it is for numbers of heads that are no powers of two."""
+
+    base = 2 ** (2 / 3)
 
 
 class MaskChangedInPlace(MaskCase):
@@ -155,6 +179,34 @@ class BooleanMaskOfWholeRows(MaskCase):
         mask = torch.ones(len(x), 1, 12, 12, dtype=torch.bool)
         mask[0, :, :, 1:] = False
         return mask
+
+
+class ManyTokens(NumericsCase):
+    """128 images of 197 tokens with a class token unlike the others: rows that a norm looks at may all be of one position."""
+
+    settings = (FOUR_BITS,)
+    shape, batches = (197, 16), (128, 127)
+    error, cosine, norm = 0.15, 0.985, 0.05
+
+    def train_what(self, model):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("norm" in name)
+
+    def build(self):
+        class Model(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.norm, self.fc = nn.LayerNorm(16), nn.Linear(16, 16)
+
+            def forward(self, x):
+                return self.fc(self.norm(x))
+
+        return Model()
+
+    def inputs(self, step, batch, generator):
+        x = torch.randn(batch, *self.shape, generator=generator)
+        x[:, 0] *= torch.tensor([10.0] * 2 + [0.1] * 14)
+        return (x,), {}
 
 
 class ComplexFilter(NumericsCase):
