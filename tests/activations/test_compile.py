@@ -202,9 +202,10 @@ class Itself(nn.Module):
     "combine",
     [
         lambda x: F.scaled_dot_product_attention(x, x, x), lambda x: x @ x, lambda x: x * x,
-        lambda x: torch.einsum("bij,bjk->bik", x, x).mul_(2),
+        lambda x: torch.einsum("bij,bjk->bik", x, x).mul_(2), lambda x: torch.addcmul(x, x, x, value=0.5), lambda x: x.amax(1).mul_(2) * x.amax(2),
+        lambda x: F.grid_sample(x[:, None], x[:, None, :, :2], align_corners=False),
     ],
-    ids=["attention", "matmul", "mul", "einsum"],
+    ids=["attention", "matmul", "mul", "einsum", "addcmul", "amax", "grid_sample"],
 )  # fmt: skip
 def test_one_tensor_may_be_given_twice(combine):
     model, x = quantize_activations(Itself(combine).train(), {"bits": 8}), torch.randn(2, 8, 8)

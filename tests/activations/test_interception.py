@@ -109,6 +109,14 @@ OPERATORS = {
     "einsum of a list": lambda x: 0.1 * torch.einsum("bnc,bmc->bmn", [x, x * 2]),
     "einsum over samples": lambda x: 0.1 * torch.einsum("bnc,bnd->cd", x, x + 1),
     "gate": lambda x: F.silu(x) * (x + 1),
+    "addcmul": lambda x: torch.addcmul(x, x + 1, x.mean(1, keepdim=True), value=0.1),
+    "x.addcmul": lambda x: x.addcmul(WEIGHT, x.square(), value=0.1),
+    "x.amax": lambda x: x * x.amax((1, 2), keepdim=True),
+    "torch.amax": lambda x: torch.amax(heads(x), dim=3),
+    "amax of everything": torch.amax,
+    "grid_sample": lambda x: F.grid_sample(
+        windows(x), x[..., :2].tanh().unsqueeze(1), padding_mode="border", align_corners=False
+    ),
     "gate broadcast": lambda x: torch.mul(x, x.mean(1, keepdim=True).sigmoid()),
     "norms": lambda x: x * torch.linalg.vector_norm(x, ord=2, dim=(1, 2), keepdim=True),
     "global response norm": lambda x: x * x.norm(p=2, dim=(1, 2), keepdim=True),

@@ -1,5 +1,7 @@
 """Every quantised operator against the stock one."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -104,6 +106,46 @@ def _simple(name, *shapes, **options):
     return case
 
 
+def _add_product(shape_x, shape_a, shape_b, **options):
+    def case(dtype, batch):
+        inputs = [
+            randn(*(batch if size == "batch" else size for size in s), dtype=dtype)
+            for s in (shape_x, shape_a, shape_b)
+        ]
+        return Case(
+            inputs, lambda x, a, b, q: operators.add_product(x, 2 * a, 2 * b, **options, quantizer=q),
+            lambda x, a, b: torch.addcmul(x, 2 * a, 2 * b, **options),
+        )  # fmt: skip
+
+    return case
+
+
+def _grid_sample(height=5, width=6, channels_last=False, grid=True, **options):
+    def case(dtype, batch):
+        x, places = randn(batch, 20, 8, 9, dtype=dtype), randn(batch, height, width, 2, dtype=dtype, grad=grid)
+
+        def read(x, sample, *args):
+            x = (2 * x).to(memory_format=torch.channels_last if channels_last else torch.preserve_format)
+            return sample(x, args[0] if grid else places, **{"mode": "bilinear", "padding_mode": "zeros", **options})
+
+        def quantized(x, *rest):
+            *args, q = rest
+            return read(x, functools.partial(operators.grid_sample, quantizer=q), *args)
+
+        return Case([x, places] if grid else [x], quantized, lambda x, *args: read(x, F.grid_sample, *args))
+
+    return case
+
+
+def _amax(*shape, ties=False, **options):
+    def case(dtype, batch):
+        x = randn(batch, *shape, dtype=dtype, grad=False)
+        x = (x.round() if ties else x).requires_grad_()
+        return Case([x], lambda x, q: operators.amax(2 * x, **options), lambda x: torch.amax(2 * x, **options))
+
+    return case
+
+
 CASES = {
     "layer_norm": _norm("layer_norm", (7, 20), (20,), (20,)),
     "layer_norm over two dimensions": _norm("layer_norm", (7, 20), (7, 20), (7, 20)),
@@ -123,10 +165,21 @@ CASES = {
     "attention in blocks": _attention_in_blocks(),
     "attention in blocks, additive mask": _attention_in_blocks("additive"),
     "attention in blocks, causal": _attention_in_blocks(is_causal=True),
+    "add_product": _add_product(("batch", 7, 20), ("batch", 7, 20), ("batch", 7, 20)),
+    "add_product broadcast": _add_product((20,), (1, 1, 20), ("batch", 7, 20), value=-0.5),
+    "grid_sample": _grid_sample(align_corners=False),
+    "grid_sample channels last": _grid_sample(channels_last=True, align_corners=True, padding_mode="border"),
+    "grid_sample bicubic": _grid_sample(mode="bicubic", align_corners=False, padding_mode="reflection"),
     "linear": _simple("linear", ("batch", 7, 20), (11, 20), (11,)),
     "conv2d": _simple("conv2d", ("batch", 4, 9, 8), (6, 2, 3, 3), (6,), stride=2, padding=1, groups=2),
 }
 EXACT = {
+    "amax": _amax(4, 7, 20, dim=(1, 3)),
+    "amax that keeps the dimension": _amax(7, 20, dim=(-2,), keepdim=True),
+    "amax of all": _amax(7, 20),
+    "amax of ties": _amax(9, 20, dim=(1,), ties=True),
+    "grid_sample nearest": _grid_sample(mode="nearest", align_corners=False),
+    "grid_sample at fixed places": _grid_sample(grid=False, align_corners=False),
     "max_pool2d": _simple("max_pool2d", ("batch", 3, 9, 8), kernel_size=3, stride=2, padding=1),
     "max_pool2d ceil": _simple("max_pool2d", ("batch", 3, 9, 8), kernel_size=(2, 3), ceil_mode=True),
     "max_pool2d dilated": _simple("max_pool2d", ("batch", 3, 11, 12), kernel_size=3, stride=1, dilation=2),
@@ -291,7 +344,7 @@ class TestForward:
         ours, theirs = gradients(y, case.inputs), gradients(stock, case.inputs)
         assert all(a.dtype == b.dtype for a, b in zip(ours, theirs)) and relative_error(ours, theirs) < 0.05
 
-    @pytest.mark.parametrize("name", sorted(set(ALL) - {"batch_norm live"}))
+    @pytest.mark.parametrize("name", sorted(set(ALL) - {"batch_norm live", "amax of all"}))
     def test_and_gradients_work_on_empty_batches(self, name):
         case = ALL[name](torch.float32, 0)
         ours, theirs = (
@@ -358,6 +411,17 @@ class TestKept:
         assert mask.nbytes == x.numel() // 8
         (places,) = self.saved(lambda: operators.max_pool2d(x, 2, quantizer=Quantizer()))
         assert places.nbytes == x.numel() // 4 // 4
+        (largest,) = self.saved(lambda: operators.amax(x, (2, 3)))
+        assert largest.nbytes == x.numel() // 8
+
+    def test_is_codes_of_what_is_sampled(self):
+        x, grid = 2 * randn(4, 8, 32, 32), randn(4, 3, 3, 2)
+        kept = self.saved(lambda: operators.grid_sample(x, grid, "bilinear", "zeros", False, quantizer=Quantizer()))
+        assert sum(t.nbytes for t in kept) - grid.nbytes < 0.22 * x.nbytes
+        (kept,) = self.saved(
+            lambda: operators.grid_sample(x, grid.detach(), "bilinear", "zeros", False, quantizer=Quantizer())
+        )
+        assert kept.nbytes == grid.nbytes
 
     def test_is_nothing_for_a_frozen_weight_or_for_a_bias_alone(self):
         x = randn(3, 8)

@@ -10,6 +10,7 @@ by which it stands in for functions of torch's (`HANDLERS`).
 """
 
 from .activation import activation, self_gated
+from .amax import amax
 from .attention import scaled_dot_product_attention
 from .average_pool import adaptive_avg_pool2d, avg_pool2d
 from .batch_norm import batch_norm
@@ -18,12 +19,13 @@ from .convolution import conv2d, frozen_convolution
 from .dropout import drop_path, dropout
 from .einsum import einsum
 from .gated_activation import gated_activation
+from .grid_sample import grid_sample
 from .group_norm import group_norm
 from .linear import frozen_linear, linear
 from .low_rank import add_low_rank, quantized_add_low_rank
 from .max_pool2d import max_pool2d
 from .normalize import normalize
-from .products import matmul, multiply
+from .products import add_product, matmul, multiply
 from .prompt_attention import add_prompt_attention, quantized_add_prompt_attention
 from .registry import HANDLERS
 from .row_norm import layer_norm, rms_norm, rms_normalized
@@ -33,9 +35,9 @@ from .vector_norm import vector_norm
 
 
 __all__ = [
-    "HANDLERS", "activation", "adaptive_avg_pool2d", "add_low_rank", "add_prompt_attention", "avg_pool2d", "batch_norm",
-    "conv2d", "drop_path", "dropout", "einsum", "frozen_convolution", "frozen_linear", "gated_activation", "group_norm", "is_activation",
-    "layer_norm", "linear", "matmul", "max_pool2d", "multiply", "normalize", "quantized_add_low_rank",
-    "quantized_add_prompt_attention", "rms_norm", "rms_normalized", "scaled_dot_product_attention", "self_gated", "softmax", "square",
-    "vector_norm",
+    "HANDLERS", "activation", "adaptive_avg_pool2d", "add_low_rank", "add_product", "add_prompt_attention", "amax",
+    "avg_pool2d", "batch_norm", "conv2d", "drop_path", "dropout", "einsum", "frozen_convolution", "frozen_linear",
+    "gated_activation", "grid_sample", "group_norm", "is_activation", "layer_norm", "linear", "matmul", "max_pool2d",
+    "multiply", "normalize", "quantized_add_low_rank", "quantized_add_prompt_attention", "rms_norm", "rms_normalized",
+    "scaled_dot_product_attention", "self_gated", "softmax", "square", "vector_norm",
 ]  # fmt: skip

@@ -106,6 +106,46 @@ def multiply(a: Tensor, b: Tensor, *, quantizer: Quantizer) -> Tensor:
     return _product(a, b, torch.mul, quantizer)
 
 
+class _AddProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, a, b, value, coded_a, coded_b, quantizer):
+        ctx.kept = (
+            KeptFactor(a, coded_a, ctx.needs_input_grad[2], quantizer),
+            KeptFactor(b, coded_b, ctx.needs_input_grad[1], quantizer),
+        )
+        ctx.shapes, ctx.value = (x.shape, a.shape, b.shape), value
+        ctx.save_for_backward(*ctx.kept[0].tensors, *ctx.kept[1].tensors)
+        for kept in ctx.kept:
+            kept.tensors = None
+        return torch.addcmul(x, a, b, value=value)
+
+    @staticmethod
+    def backward(ctx, grad):
+        refuse_double_backward()
+        saved, wanted = ctx.saved_tensors, ctx.needs_input_grad
+        d_a = d_b = None
+        if wanted[2]:
+            d_b = (grad * ctx.kept[0].restore(*saved[:3]) * ctx.value).sum_to_size(ctx.shapes[2])
+        if wanted[1]:
+            d_a = (grad * ctx.kept[1].restore(*saved[3:]) * ctx.value).sum_to_size(ctx.shapes[1])
+        return grad.sum_to_size(ctx.shapes[0]) if wanted[0] else None, d_a, d_b, None, None, None, None
+
+
+def add_product(x: Tensor, a: Tensor, b: Tensor, value: float = 1, *, quantizer: Quantizer) -> Tensor:
+    """`torch.addcmul`, ``x + value * a * b``, of tensors of one dtype; keeps of ``a`` and ``b`` what `multiply` does."""
+    if not recording(a, b) or not (a.numel() and b.numel()):
+        return torch.addcmul(x, a, b, value=value)
+    coded = (is_activation(t) and t.dim() > 0 for t in (a, b))
+    return _AddProduct.apply(*told_apart(x, a, b), value, *coded, quantizer)
+
+
+@handles(torch.addcmul, Tensor.addcmul)
+def _addcmul(mode, input, tensor1, tensor2, *, value=1, out=None):
+    if len({t.dtype for t in (input, tensor1, tensor2)}) > 1 or not any(map(is_activation, (tensor1, tensor2))):
+        return NotImplemented
+    return add_product(input, tensor1, tensor2, value, quantizer=mode.quantizer("gated_activation"))
+
+
 @handles(torch.bmm, Tensor.bmm)
 def _bmm(mode, input, mat2, out=None):
     return _matmul(mode, input, mat2)
