@@ -83,7 +83,6 @@ FORMS = {
     "amax by keywords": lambda x: torch.amax(input=x, dim=1, keepdim=True),
     "amax of a scalar": lambda x: x.mean().amax(),
     "amax into out": lambda x: torch.amax(x.detach(), (0, 1), out=torch.empty(16)) + x,
-    "maxima changed in place": lambda x: x.amax(1).mul_(2),
     "addcmul by keywords": lambda x: torch.addcmul(x, tensor1=x + 1, tensor2=TRAINED[0, 0], value=2),
     "addcmul of two dtypes": lambda x: torch.addcmul(x.double(), x + 1, x),
     "addcmul in place": lambda x: (x * 1).addcmul_(x + 1, x),
