@@ -89,9 +89,11 @@ def _quantized_class(stock: type[nn.Module]) -> type[nn.Module]:
 
     @functools.wraps(stock.forward)
     def forward(self, *args, **kwargs):
-        settings = self._activation_settings
+        settings = getattr(self, "_activation_settings", None)
         if (
-            not torch.is_grad_enabled()
+            settings
+            is None  # restored, but somebody holds the forward it had: accelerate's hooks, transformers in derived classes
+            or not torch.is_grad_enabled()
             or _is_exporting()
             or (is_linear and _is_frozen(self._parameters.get("weight")))
         ):

@@ -7,6 +7,7 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from families import batch, build, logits
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -206,6 +207,36 @@ class TestReversibility:
         gradients(vit)
         assert restore_activations(vit) is vit
         assert {name: (type(module), set(vars(module))) for name, module in vit.named_modules()} == before
+        actual = gradients(vit)
+        assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+    def test_accelerates_hooks_may_come_between(self, vit):
+        """They put a forward of their own on the instance, which calls what the class had then."""
+        expected = gradients(vit)
+        quantize_activations(vit)
+        modules = [vit, *vit.vit.layers, *(m for m in vit.modules() if isinstance(m, (nn.Linear, nn.LayerNorm)))]
+        for module in modules:
+            add_hook_to_module(module, ModelHook(), append=True)
+        coded = gradients(vit)
+        assert any(not torch.equal(coded[name], expected[name]) for name in expected), "nothing was coded"
+        restore_activations(vit)
+        for _ in range(2):
+            actual = gradients(vit)
+            assert all(torch.equal(actual[name], expected[name]) for name in expected)
+            for module in modules:
+                remove_hook_from_module(module)
+
+    def test_classes_that_others_derived_since_are_restored(self, vit):
+        """As FSDP2 does; transformers puts a forward that checkpoints into each of them."""
+        expected = gradients(vit)
+        quantize_activations(vit)
+        for module in vit.modules():
+            if isinstance(module, wrap._Quantized):
+                module.__class__ = type("Sharded", (type(module),), {})
+        gradients(vit)
+        restore_activations(vit)
+        assert not any(isinstance(module, wrap._Quantized) for module in vit.modules())
+        assert any(type(module).__name__ == "Sharded" for module in vit.modules())
         actual = gradients(vit)
         assert all(torch.equal(actual[name], expected[name]) for name in expected)
 

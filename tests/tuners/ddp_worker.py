@@ -12,14 +12,15 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from two_processes import (
     ALL_EQUAL,
+    accumulated,
     assert_close,
     assert_same_trained,
     batch,
     build,
     losses,
     mean_over_processes,
-    sgd,
     steps_of_sgd,
+    with_checkpoints,
 )
 
 from peft_s2a import ActivationQuantizationConfig, quantize_activations
@@ -80,25 +81,8 @@ def two_tasks(model: nn.Module, rank: int, world: int) -> list[float]:
     return found
 
 
-def accumulated(model: nn.Module, rank: int, world: int) -> list[float]:
-    """Two batches a step, the gradients of the first not sent."""
-    optimizer, found = sgd(model), []
-    for step in range(3):
-        optimizer.zero_grad()
-        for seed in (2 * step, 2 * step + 1):
-            is_sent = seed % 2 or world == 1
-            with nullcontext() if is_sent else model.no_sync():
-                loss = model(**batch(seed, rank, world)).loss
-                loss.backward()
-            found.append(mean_over_processes(loss, world))
-        optimizer.step()
-    return found
-
-
-def checkpointing() -> nn.Module:
-    model = build("vit")
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model.train()
+def accumulating(model: nn.Module, rank: int, world: int) -> list[float]:
+    return accumulated(model, rank, world, lambda sent: nullcontext() if sent or world == 1 else model.no_sync())
 
 
 def main() -> None:
@@ -112,7 +96,7 @@ def main() -> None:
         for options in OPTIONS if name == "vit" else FEW_OPTIONS:
             if run is two_tasks and not options.get("find_unused_parameters"):
                 continue  # torch asks for it where processes leave out different parameters
-            if run is accumulated and options.get("static_graph"):
+            if run is accumulating and options.get("static_graph"):
                 continue  # torch fails where the first backward pass sends nothing, whatever the model
             two = make()
             try:
@@ -123,8 +107,8 @@ def main() -> None:
 
     for name, make in MODELS.items():
         check(losses, make, name)
-    check(losses, checkpointing, "checkpointing")
-    check(accumulated, MODELS["vit"], "accumulated")
+    check(losses, lambda: with_checkpoints(build("vit")), "checkpointing")
+    check(accumulating, MODELS["vit"], "accumulating")
     check(two_tasks, TwoTasks, "two tasks")
     if rank == 0:
         print(ALL_EQUAL)

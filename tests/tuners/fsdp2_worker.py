@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import families
@@ -13,9 +14,16 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointWrapper,
+    apply_activation_checkpointing,
+)
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from two_processes import ALL_EQUAL, assert_close, build, losses, sgd
+from transformers.models.vit.modeling_vit import ViTLayer
+from two_processes import ALL_EQUAL, accumulated, assert_close, build, losses, sgd, with_checkpoints
+
+from peft_s2a import restore_activations
 
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "distributed"))
@@ -65,6 +73,40 @@ def check_mixed_precision(rank: int, world: int) -> None:
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
+def check_checkpoints(rank: int, world: int) -> None:
+    """Both transformers' checkpoints and those that Accelerate's plugin puts around blocks."""
+    expected = losses(with_checkpoints(build("vit")), 0, 1)
+    by_transformers, wrapped = with_checkpoints(build("vit")), build("vit").train()
+    apply_activation_checkpointing(wrapped, check_fn=lambda module: isinstance(module, ViTLayer))
+    around_blocks = [module for module in wrapped.modules() if isinstance(module, CheckpointWrapper)]
+    for model, parts in ((by_transformers, blocks(by_transformers)), (wrapped, around_blocks)):
+        for part in (*parts, model):
+            fully_shard(part)
+        assert_close(losses(model, rank, world), expected)
+
+
+def check_accumulation(rank: int, world: int) -> None:
+    expected = accumulated(build("vit"), 0, 1, lambda sent: nullcontext())
+    model = build("vit")
+    for part in (*blocks(model), model):
+        fully_shard(part)
+
+    def sends(sent: bool) -> nullcontext:
+        model.set_requires_gradient_sync(sent)
+        return nullcontext()
+
+    assert_close(accumulated(model, rank, world, sends), expected)
+
+
+def check_restoring(rank: int, world: int) -> None:
+    """Activations of a sharded model, whose classes FSDP has derived from ours, may be restored."""
+    model = build("vit")
+    for part in (*blocks(model), model):
+        fully_shard(part)
+    restore_activations(model)
+    assert_close(losses(model, rank, world), losses(build("vit", {"activation_quantization": None}), 0, 1), 1e-5)
+
+
 def check_accelerate(rank: int, world: int) -> None:
     """Accelerate's plugin, which also shards the embeddings."""
     shard_on_cpu()
@@ -87,6 +129,9 @@ def main() -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     check_saving(Path(sys.argv[1]), rank, world)
     check_mixed_precision(rank, world)
+    check_checkpoints(rank, world)
+    check_accumulation(rank, world)
+    check_restoring(rank, world)
     for family, options, by_block in (("vit", {}, True), ("resnet", {}, True), ("vit", LADDER, False)):
         expected = losses(build(family, options), 0, 1)
         model = build(family, options)

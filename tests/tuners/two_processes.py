@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -80,6 +81,27 @@ def losses(
         step(loss)
         found.append(mean_over_processes(loss, world))
     return found
+
+
+def accumulated(
+    model: nn.Module, rank: int, world: int, sends: Callable[[bool], AbstractContextManager]
+) -> list[float]:
+    """Two batches a step; within `sends(False)` a backward pass keeps its gradients to itself."""
+    optimizer, found = sgd(model), []
+    for step in range(3):
+        optimizer.zero_grad()
+        for seed in (2 * step, 2 * step + 1):
+            with sends(seed % 2 == 1):
+                loss = model(**batch(seed, rank, world)).loss
+                loss.backward()
+            found.append(mean_over_processes(loss, world))
+        optimizer.step()
+    return found
+
+
+def with_checkpoints(model: nn.Module) -> nn.Module:
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.train()
 
 
 def assert_close(actual: list[float], expected: list[float], tolerance: float = 1e-4) -> None:
