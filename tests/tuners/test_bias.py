@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from peft import get_peft_model
 from saved import saved_tensors
 from torch import nn
+from torch.nn.utils import prune
 from transformers.models.convnext.modeling_convnext import ConvNextLayerNorm
 
 from peft_s2a import S2ABiasConfig
@@ -106,6 +109,26 @@ def test_a_plain_tensor_may_hide_a_parameter(layer):
         delattr(base, name)
         setattr(base, name, parameter.detach().clone())
         base._parameters[name] = getattr(base, name)
+    torch.testing.assert_close(wrapper(x), expected)
+
+
+@pytest.mark.parametrize("layer", ["linear", "conv2d", "layer norm", "group norm"])
+def test_offsets_are_added_to_pruned_weights(layer):
+    """Pruning puts a plain tensor in the parameter's place, anew before every call."""
+    wrapper, x, axes = make(layer)
+    base = wrapper.get_base_layer()
+    for name in ("weight", "bias"):
+        prune.random_unstructured(base, name, 0.5)
+    plain = copy.deepcopy(base)
+    plain(x)  # its hooks write the pruned tensors down
+    expected = (
+        F.layer_norm(x, (6,)) if layer == "layer norm" else F.group_norm(x, 2) if layer == "group norm" else plain(x)
+    )
+    if "norm" in layer:
+        expected = expected * on_axes(plain.weight + wrapper.s2a_scale["default"], expected, axes)
+        expected = expected + on_axes(plain.bias, expected, axes)
+    expected = expected + on_axes(wrapper.s2a_bias["default"], expected, axes)
+    torch.testing.assert_close(wrapper(x), expected)
     torch.testing.assert_close(wrapper(x), expected)
 
 

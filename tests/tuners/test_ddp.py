@@ -18,7 +18,7 @@ def test_two_processes_train_as_one():
         ("resnet", 4, 1e-5),
     ],
 )  # fmt: skip
-def test_halves_of_a_batch_have_nearly_the_gradients_of_the_whole(family, bits, limit):
+def test_halves_of_a_batch_have_nearly_the_gradients_of_the_whole(family, bits, limit, function_mode):
     """Columns of norms are standardised over the tokens that a process sees, so codes depend on how a batch is split."""
     model = build(family, {"activation_quantization": {"bits": bits} if bits else None})
     images, labels = families.batch(family, 32)
