@@ -314,4 +314,5 @@ def _is_harmless(hook: Any) -> bool:
     origin = getattr(hook, "__module__", None) or ""
     if origin == "transformers.utils.output_capturing":  # installed once, records only while outputs are asked for
         return not compat.is_capturing_outputs()
-    return origin.split(".")[0] == "peft_s2a"
+    crosses_modules = getattr(getattr(hook, "__self__", None), "crosses_modules", False)
+    return origin.split(".")[0] == "peft_s2a" and not crosses_modules

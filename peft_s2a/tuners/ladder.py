@@ -16,6 +16,9 @@ from peft_s2a.tuners.side import frozen_projection
 
 
 class _LadderBase(AttachedLayer):
+    crosses_modules = True
+    """Its hooks leave each other tensors from one module to another: those that hold a host run without a plan."""
+
     def not_mergeable(self, adapter_name: str) -> str:
         return (
             f"Adapter {adapter_name!r} is a ladder beside the backbone, which no weight of it can hold, so it cannot "
@@ -45,8 +48,6 @@ class LadderRung(_LadderBase):
     attribute = "ladder_adapter"
     adapter_layer_names = ("s2a_mix", "s2a_shift")
     other_param_names = ("s2a_down",)
-    is_read_later = True
-    """What it notes of its host's input is read behind modules that hold the host: these run whole, not in tiles."""
 
     def __init__(self, host: nn.Module) -> None:
         super().__init__(host)

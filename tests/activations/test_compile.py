@@ -113,9 +113,9 @@ class TestOneGraph:
         twice = 1.2 if family == "timm_vit" and method in ("s2a", "prompt") else 1.0
         codes, eager_codes = (kept.get(torch.uint8, 0) for kept in (first[2], eager[2]))
         assert 0.9 * eager_codes <= codes <= twice * eager_codes
-        # and besides codes it may keep small products of parameters, and for each of BEiT's layers the indices of its
-        # position bias, which plans share
-        more = 1.2 if family == "beit" else 1.1
+        # and besides codes it may keep small products of parameters, for each of BEiT's layers the indices of its
+        # position bias, which plans share, and where a resized prompt of ResNet's reads
+        more = 1.2 if family == "beit" or (method, family) == ("prompt", "resnet") else 1.1
         assert sum(first[2].values()) <= more * twice * sum(eager[2].values())
 
 

@@ -80,6 +80,25 @@ def test_nothing_of_the_backbone_is_kept(family):
     assert all(RANK in tensor.shape or tensor.numel() <= len(images) * per_image for tensor in kept)
 
 
+@pytest.mark.parametrize("family", ["vit", "timm_convnext", "convnext"])
+def test_what_a_ladder_keeps_is_seen_by_others_from_the_first_step_on(family):
+    """Where a head that is watched once for its plan holds the place where the ladder joins, the ladder runs in it."""
+    model = get_peft_model(families.build(family), S2ASideConfig(side_mode="ladder", init_weights=False)).train()
+    images, _ = families.batch(family)
+    found = []
+    for _ in range(2):
+        kept = saved_tensors(lambda: families.logits(model, images), model)
+        with torch.autograd.graph.save_on_cpu():
+            loss = families.logits(model, images).square().mean()
+        model.zero_grad()
+        loss.backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        found.append((sum(t.nbytes for t in kept), gradients))
+    (first, gradients), (second, same_gradients) = found
+    assert first == second > 1000
+    assert all(torch.equal(gradients[name], same_gradients[name]) for name in gradients)
+
+
 def test_a_bare_backbone_is_joined_behind_its_last_block():
     torch.manual_seed(0)
     base = base_model().vit.requires_grad_(False)
