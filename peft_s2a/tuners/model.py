@@ -405,7 +405,7 @@ class S2AModel(BaseTuner):
             key: state_dict[key] for key in own if key in state_dict
         }  # PEFT looks for wrapped modules by other names
         missing = own - found.keys()
-        if missing and found:  # processes that save nothing come with an empty state
+        if missing and state_dict:  # processes that save nothing come with an empty one
             raise ValueError(
                 f"`state_dict` lacks {len(missing)} of the {len(own)} tensors of the adapter {adapter_name!r} "
                 f"({some(sorted(missing))}), so it is not saved. Give the whole model's, with its own names."
