@@ -23,8 +23,8 @@ DEFAULT_RANK = 32
 
 
 def default_rank(width: int) -> int:
-    """Rank of a branch that reads features of `width` channels: an eighth of them, between 8 and 32 (our choice)."""
-    return min(DEFAULT_RANK, max(8, width // 8))
+    """Rank of a branch that reads features of `width` channels: 32, or as many as there are (our choice)."""
+    return min(DEFAULT_RANK, width)
 
 
 def can_serve(module: nn.Module) -> bool:

@@ -211,8 +211,8 @@ def test_the_rank_may_exceed_the_width():
     assert model(torch.randn(4, 3)).shape == (4, 2)
 
 
-@pytest.mark.parametrize(("width", "rank"), [(24, 8), (96, 12), (192, 24), (384, 32), (1024, 32)])
-def test_the_default_rank_is_small_beside_narrow_layers(width, rank):
+@pytest.mark.parametrize(("width", "rank"), [(3, 3), (24, 24), (96, 32), (1024, 32)])
+def test_the_default_rank_is_at_most_the_width(width, rank):
     model = get_peft_model(Wrapper(nn.Linear(width, 5)), S2ASideConfig(target_modules=["target"]))
     assert model.base_model.model.target.side_adapter.s2a_up["default"].shape == (5, rank)
 
