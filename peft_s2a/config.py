@@ -255,8 +255,7 @@ class S2ASideConfig(_S2ABaseConfig):
 
     Args:
         side_rank:
-            Width r of a branch. None: 32, but at most an eighth of the width of the features it reads (and at least 8)
-            in "residual" mode, so that narrow layers do not keep more for the branch than for themselves.
+            Width r of a branch. None: 32, in "residual" mode at most the width of the features it reads.
         side_alpha: A branch is scaled by `side_alpha / side_rank`.
         side_mode:
             "residual": `y = base(x) + side_alpha / side_rank * U f(D x)` with frozen D, so that only tensors of width
