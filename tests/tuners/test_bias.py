@@ -100,16 +100,28 @@ def test_gradients_are_those_of_the_formula(layer):
     torch.autograd.gradcheck(run, tuple(trained.values()))
 
 
+def hide_parameters(layer: nn.Module) -> None:
+    """Put plain tensors over them, as FullyShardedDataParallel does with what it has gathered while the model runs."""
+    for name, parameter in list(layer.named_parameters()):
+        delattr(layer, name)
+        setattr(layer, name, parameter.detach().clone())
+        layer._parameters[name] = getattr(layer, name)
+
+
 @pytest.mark.parametrize("layer", LAYERS)
 def test_a_plain_tensor_may_hide_a_parameter(layer):
-    """As under FullyShardedDataParallel, which puts what it has gathered there while the model runs."""
     wrapper, x, _ = make(layer)
-    expected, base = wrapper(x), wrapper.get_base_layer()
-    for name, parameter in list(base.named_parameters()):
-        delattr(base, name)
-        setattr(base, name, parameter.detach().clone())
-        base._parameters[name] = getattr(base, name)
+    expected = wrapper(x)
+    hide_parameters(wrapper.get_base_layer())
     torch.testing.assert_close(wrapper(x), expected)
+
+
+@pytest.mark.parametrize("layer", ["linear", "layer norm"])
+def test_a_plain_tensor_may_hide_a_parameter_under_compilation(layer):
+    wrapper, x, _ = make(layer)
+    expected = wrapper(x)
+    hide_parameters(wrapper.get_base_layer())
+    torch.testing.assert_close(torch.compile(wrapper, backend="eager")(x), expected)
 
 
 @pytest.mark.parametrize("layer", ["linear", "conv2d", "layer norm", "group norm"])
