@@ -110,7 +110,7 @@ class BiasLayer(S2ALayer):
         )
         if not parameters:
             output = base_layer(*args, **kwargs)
-        elif torch.compiler.is_compiling() and parameters.keys().isdisjoint(base_layer.__dict__):
+        elif torch.compiler.is_compiling() and not any(name in base_layer.__dict__ for name in parameters):
             output = functional_call(base_layer, parameters, args, kwargs)
         elif watched:
             output = _call_watched(base_layer, parameters, args, kwargs)
