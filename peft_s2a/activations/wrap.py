@@ -89,10 +89,10 @@ def _quantized_class(stock: type[nn.Module]) -> type[nn.Module]:
 
     @functools.wraps(stock.forward)
     def forward(self, *args, **kwargs):
+        # None: restored, but accelerate's hooks, or transformers in classes derived from this one, hold the forward it had.
         settings = getattr(self, "_activation_settings", None)
         if (
-            settings
-            is None  # restored, but somebody holds the forward it had: accelerate's hooks, transformers in derived classes
+            settings is None
             or not torch.is_grad_enabled()
             or _is_exporting()
             or (is_linear and _is_frozen(self._parameters.get("weight")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -110,7 +111,7 @@ class BiasLayer(S2ALayer):
         )
         if not parameters:
             output = base_layer(*args, **kwargs)
-        elif torch.compiler.is_compiling() and not any(name in base_layer.__dict__ for name in parameters):
+        elif torch.compiler.is_compiling() and not _hides_a_parameter(base_layer, parameters):
             output = functional_call(base_layer, parameters, args, kwargs)
         elif watched:
             output = _call_watched(base_layer, parameters, args, kwargs)
@@ -213,6 +214,11 @@ def _takes_bias_inside(layer: nn.Module, watched: bool, reads_its_bias: bool) ->
 def _normalises_images(module: nn.Module) -> bool:
     """Layer and RMS norms over the channels of [batch, channels, height, width], as timm calls them."""
     return any("2d" in kind.__name__.lower() for kind in type(module).__mro__)
+
+
+def _hides_a_parameter(layer: nn.Module, names: Iterable[str]) -> bool:
+    """Whether an attribute of the name of a weight or bias lies before it, as under FullyShardedDataParallel."""
+    return any(name in ("weight", "bias") and not isinstance(getattr(layer, name), nn.Parameter) for name in names)
 
 
 def _call_with(

@@ -394,16 +394,9 @@ class S2AModel(BaseTuner):
             state_dict=state_dict,
             unwanted_adapter_names=unwanted_adapter_names,
         )
-        own = {
-            f"{name_in_state(prefix)}.{name}.{adapter_name}"
-            for prefix, module in model.named_modules()
-            if isinstance(module, S2ALayer)
-            for name in (*module.adapter_layer_names, *module.other_param_names)
-            if adapter_name in getattr(module, name)
-        }
-        found |= {
-            key: state_dict[key] for key in own if key in state_dict
-        }  # PEFT looks for wrapped modules by other names
+        own = {name for name, is_there in cls._names_of_layers(model, adapter_name) if is_there}
+        # PEFT looks for what lies in wrapped modules by other names.
+        found |= {name: state_dict[name] for name in own if name in state_dict}
         missing = own - found.keys()
         if missing and state_dict:  # processes that save nothing come with an empty one
             raise ValueError(
@@ -436,18 +429,23 @@ class S2AModel(BaseTuner):
             )
         return remapped
 
-    @staticmethod
-    def _own_names(model: nn.Module, adapter_name: str) -> set[str]:
+    @classmethod
+    def _own_names(cls, model: nn.Module, adapter_name: str) -> set[str]:
         """The names in `model.state_dict()` of what belongs to an adapter."""
-        names = set()
+        names = {name for name, _ in cls._names_of_layers(model, adapter_name)}
         for prefix, module in model.named_modules():
-            prefix = name_in_state(prefix)
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                own = module.adapter_state_dict_load_map(adapter_name).values()
+                names.update(f"{name_in_state(prefix)}.{name}" for name in own)
+        return names
+
+    @staticmethod
+    def _names_of_layers(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, bool]]:
+        """Names in `model.state_dict()` that an adapter's layers may use, and whether it does use them."""
+        for prefix, module in model.named_modules():
             if isinstance(module, S2ALayer):
                 for name in (*module.adapter_layer_names, *module.other_param_names):
-                    names.add(f"{prefix}.{name}.{adapter_name}")
-            elif isinstance(module, AuxiliaryTrainingWrapper):
-                names.update(f"{prefix}.{name}" for name in module.adapter_state_dict_load_map(adapter_name).values())
-        return names
+                    yield f"{name_in_state(prefix)}.{name}.{adapter_name}", adapter_name in getattr(module, name)
 
     def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
         # Torch would report a wrong shape after it has copied all the other tensors.

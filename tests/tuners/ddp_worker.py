@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from two_processes import (
     ALL_EQUAL,
+    LADDER,
     accumulated,
     assert_close,
     assert_same_trained,
@@ -34,7 +35,6 @@ OPTIONS = (
     {"find_unused_parameters": True, "gradient_as_bucket_view": True},
     {"static_graph": True, "gradient_as_bucket_view": True},
 )
-LADDER = {"structures": ("side",), "side_mode": "ladder"}
 
 
 def lora_with_codes() -> nn.Module:

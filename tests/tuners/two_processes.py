@@ -17,6 +17,7 @@ from peft_s2a import S2AConfig
 
 
 ALL_EQUAL = "all equal"  # a worker's last word
+LADDER = {"structures": ("side",), "side_mode": "ladder"}
 
 
 def launch(worker: str, *arguments: str, timeout: int = 500) -> None:
@@ -111,8 +112,12 @@ def assert_close(actual: list[float], expected: list[float], tolerance: float = 
 
 def assert_same_trained(actual: nn.Module, expected: nn.Module) -> None:
     """All trained parameters are equal within rounding."""
-    pairs = zip(actual.named_parameters(), expected.parameters(), strict=True)
-    trained = [(name, a.detach(), b.detach()) for (name, a), b in pairs if b.requires_grad]
-    assert trained
-    for name, a, b in trained:
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=name)
+    trained = [{n: p.detach() for n, p in m.named_parameters() if p.requires_grad} for m in (actual, expected)]
+    assert_same_tensors(*trained)
+
+
+def assert_same_tensors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Of an adapter: the same names, and values that are equal within rounding."""
+    assert actual.keys() == expected.keys() and expected
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=1e-3, atol=1e-4, msg=name)

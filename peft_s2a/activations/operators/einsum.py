@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..quantizer import Quantizer
 from .common import autocast_dtype, is_activation, not_a_view, recording, refuse_double_backward, told_apart
-from .products import KeptFactor
+from .products import keep_factors
 from .registry import handles
 
 
@@ -13,13 +13,7 @@ class _Einsum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a, b, terms, quantizer):
         ctx.terms = terms
-        ctx.kept = (
-            KeptFactor(a, True, ctx.needs_input_grad[1], quantizer),
-            KeptFactor(b, True, ctx.needs_input_grad[0], quantizer),
-        )
-        ctx.save_for_backward(*ctx.kept[0].tensors, *ctx.kept[1].tensors)
-        for kept in ctx.kept:
-            kept.tensors = None
+        keep_factors(ctx, a, b, (True, True), quantizer)
         return not_a_view(torch.einsum("{},{}->{}".format(*terms), a, b))
 
     @staticmethod

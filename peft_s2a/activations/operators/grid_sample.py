@@ -16,11 +16,11 @@ _PADDINGS = {"zeros": 0, "border": 1, "reflection": 2}
 
 class _GridSample(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, grid, mode, padding_mode, align_corners, quantizer):
+    def forward(ctx, x, grid, mode, padding_mode, align_corners, coded, quantizer):
         ctx.options = _MODES[mode], _PADDINGS[padding_mode], align_corners
         ctx.shape, ctx.dtypes = x.shape, (x.dtype, grid.dtype)
         # The values only say where their slope points: what moves the places they are read at.
-        ctx.kept = KeptFactor(x.flatten(2), is_activation(x), ctx.needs_input_grad[1], quantizer)
+        ctx.kept = KeptFactor(x.flatten(2), coded, ctx.needs_input_grad[1], quantizer)
         ctx.save_for_backward(*ctx.kept.tensors, grid)
         ctx.kept.tensors = None
         return F.grid_sample(x, grid, mode, padding_mode, align_corners)
@@ -37,7 +37,7 @@ class _GridSample(torch.autograd.Function):
         d_x, d_grid = (
             d.to(dtype) if is_wanted else None for d, dtype, is_wanted in zip((d_x, d_grid), ctx.dtypes, wanted)
         )
-        return d_x, d_grid, None, None, None, None
+        return d_x, d_grid, None, None, None, None, None
 
 
 def grid_sample(
@@ -50,7 +50,7 @@ def grid_sample(
     """
     if not recording(x, grid) or x.dim() != 4 or not (x.numel() and grid.numel()):
         return F.grid_sample(x, grid, mode, padding_mode, align_corners)
-    return _GridSample.apply(x, grid, mode, padding_mode, align_corners, quantizer)
+    return _GridSample.apply(x, grid, mode, padding_mode, align_corners, is_activation(x), quantizer)
 
 
 @handles(F.grid_sample)

@@ -50,18 +50,21 @@ class KeptFactor:
         return x.mT if self.transposed else x
 
 
+def keep_factors(ctx, a: Tensor, b: Tensor, coded: tuple[bool, bool], quantizer: Quantizer) -> None:
+    """Saves, of an autograd function's first two inputs, what the gradient of the other one needs: the first of `ctx.kept`
+    is restored from the first three saved tensors, the second from the last three."""
+    needs_a, needs_b = ctx.needs_input_grad[:2]
+    ctx.kept = KeptFactor(a, coded[0], needs_b, quantizer), KeptFactor(b, coded[1], needs_a, quantizer)
+    ctx.save_for_backward(*ctx.kept[0].tensors, *ctx.kept[1].tensors)
+    for kept in ctx.kept:
+        kept.tensors = None
+
+
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, a, b, stock, coded_a, coded_b, quantizer):
-        ctx.stock = stock
-        ctx.kept = (
-            KeptFactor(a, coded_a, ctx.needs_input_grad[1], quantizer),
-            KeptFactor(b, coded_b, ctx.needs_input_grad[0], quantizer),
-        )
-        ctx.shapes = a.shape, b.shape
-        ctx.save_for_backward(*ctx.kept[0].tensors, *ctx.kept[1].tensors)
-        for kept in ctx.kept:
-            kept.tensors = None
+    def forward(ctx, a, b, stock, coded, quantizer):
+        ctx.stock, ctx.shapes = stock, (a.shape, b.shape)
+        keep_factors(ctx, a, b, coded, quantizer)
         return stock(a, b)
 
     @staticmethod
@@ -76,14 +79,17 @@ class _Product(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             b = ctx.kept[1].restore(*saved[3:])
             d_a = (grad @ b.mT if ctx.stock is torch.matmul else grad * b).sum_to_size(ctx.shapes[0])
-        return d_a, d_b, None, None, None, None
+        return d_a, d_b, None, None, None
+
+
+def _are_coded(*factors: Tensor) -> tuple[bool, ...]:
+    return tuple(is_activation(x) and x.dim() > 0 for x in factors)
 
 
 def _product(a: Tensor, b: Tensor, stock, quantizer: Quantizer) -> Tensor:
     if not recording(a, b) or not (a.numel() and b.numel()):
         return stock(a, b)
-    coded = (is_activation(x) and x.dim() > 0 for x in (a, b))
-    return _Product.apply(*told_apart(a, b), stock, *coded, quantizer)
+    return _Product.apply(*told_apart(a, b), stock, _are_coded(a, b), quantizer)
 
 
 def matmul(a: Tensor, b: Tensor, *, quantizer: Quantizer) -> Tensor:
@@ -108,15 +114,9 @@ def multiply(a: Tensor, b: Tensor, *, quantizer: Quantizer) -> Tensor:
 
 class _AddProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, a, b, value, coded_a, coded_b, quantizer):
-        ctx.kept = (
-            KeptFactor(a, coded_a, ctx.needs_input_grad[2], quantizer),
-            KeptFactor(b, coded_b, ctx.needs_input_grad[1], quantizer),
-        )
-        ctx.shapes, ctx.value = (x.shape, a.shape, b.shape), value
-        ctx.save_for_backward(*ctx.kept[0].tensors, *ctx.kept[1].tensors)
-        for kept in ctx.kept:
-            kept.tensors = None
+    def forward(ctx, a, b, x, value, coded, quantizer):
+        ctx.shapes, ctx.value = (a.shape, b.shape, x.shape), value
+        keep_factors(ctx, a, b, coded, quantizer)
         return torch.addcmul(x, a, b, value=value)
 
     @staticmethod
@@ -124,19 +124,18 @@ class _AddProduct(torch.autograd.Function):
         refuse_double_backward()
         saved, wanted = ctx.saved_tensors, ctx.needs_input_grad
         d_a = d_b = None
-        if wanted[2]:
-            d_b = (grad * ctx.kept[0].restore(*saved[:3]) * ctx.value).sum_to_size(ctx.shapes[2])
         if wanted[1]:
-            d_a = (grad * ctx.kept[1].restore(*saved[3:]) * ctx.value).sum_to_size(ctx.shapes[1])
-        return grad.sum_to_size(ctx.shapes[0]) if wanted[0] else None, d_a, d_b, None, None, None, None
+            d_b = (grad * ctx.kept[0].restore(*saved[:3]) * ctx.value).sum_to_size(ctx.shapes[1])
+        if wanted[0]:
+            d_a = (grad * ctx.kept[1].restore(*saved[3:]) * ctx.value).sum_to_size(ctx.shapes[0])
+        return d_a, d_b, grad.sum_to_size(ctx.shapes[2]) if wanted[2] else None, None, None, None
 
 
 def add_product(x: Tensor, a: Tensor, b: Tensor, value: float = 1, *, quantizer: Quantizer) -> Tensor:
     """`torch.addcmul`, ``x + value * a * b``, of tensors of one dtype; keeps of ``a`` and ``b`` what `multiply` does."""
     if not recording(a, b) or not (a.numel() and b.numel()):
         return torch.addcmul(x, a, b, value=value)
-    coded = (is_activation(t) and t.dim() > 0 for t in (a, b))
-    return _AddProduct.apply(*told_apart(x, a, b), value, *coded, quantizer)
+    return _AddProduct.apply(*told_apart(a, b, x), value, _are_coded(a, b), quantizer)
 
 
 @handles(torch.addcmul, Tensor.addcmul)
