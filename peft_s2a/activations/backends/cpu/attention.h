@@ -82,12 +82,49 @@ inline float softmax_row(float *x, long count, float hidden = 0) {
     return expf(exponent - shift);
 }
 
-/* d = p * (d - sum(p * d)), the gradient of the scores behind the probabilities p */
-static void softmax_row_backward(const float *p, float *d, long padded) {
-    vector16 sums = 0;
-    for (long i = 0; i < padded; i += 16) sums += load16(p + i) * load16(d + i);
-    float sum = sum16(sums);
-    for (long i = 0; i < padded; i += 16) store16(d + i, load16(p + i) * (load16(d + i) - sum));
+/* The same of up to sixteen rows, one after the other: their largest scores, and their sums, are found together. What `softmax_row`
+ * returns of each goes to `factors`. */
+static void softmax_rows(float *x, long rows, long count, float hidden, float *factors) {
+    long padded = PAD16(count);
+    vector16 tops[16], sums[16];
+    for (long r = 0; r < rows; r++) factors[r] = 1;
+    if (!count) return;
+    for (long r = 0; r < rows; r++) {
+        float *row = x + r * padded;
+        for (long i = count; i < padded; i++) row[i] = -INFINITY;
+        tops[r] = load16(row);
+        for (long i = 16; i < padded; i += 16) tops[r] = larger16(load16(row + i), tops[r]);
+    }
+    vector16 top = reduce16<larger16>(tops, rows);
+    int usual = 1;
+    for (long r = 0; r < rows; r++) usual &= fabsf(top[r]) < 1024;
+    if (!usual) {
+        for (long r = 0; r < rows; r++) factors[r] = softmax_row(x + r * padded, count, hidden);
+        return;
+    }
+    for (long r = 0; r < rows; r++) {
+        float *row = x + r * padded;
+        sums[r] = 0;
+        for (long i = 0; i < padded; i += 16) {
+            vector16 e = exp16(load16(row + i) - top[r]);
+            store16(row + i, e), sums[r] += e;
+        }
+    }
+    vector16 scale = vector16(1) / reduce16<added16>(sums, rows);
+    for (long r = 0; r < rows; r++)
+        for (long i = r * padded; i < (r + 1) * padded; i += 16) store16(x + i, load16(x + i) * scale[r]);
+}
+
+/* d = p * (d - sum(p * d)), the gradients of the scores behind up to sixteen rows of probabilities p */
+static void softmax_rows_backward(const float *p, float *d, long rows, long padded) {
+    vector16 sums[16];
+    for (long r = 0; r < rows; r++) {
+        sums[r] = 0;
+        for (long i = r * padded; i < (r + 1) * padded; i += 16) sums[r] += load16(p + i) * load16(d + i);
+    }
+    vector16 sum = reduce16<added16>(sums, rows);
+    for (long r = 0; r < rows; r++)
+        for (long i = r * padded; i < (r + 1) * padded; i += 16) store16(d + i, load16(p + i) * (load16(d + i) - sum[r]));
 }
 
 static void transpose(const float *x, long rows, long columns, long x_row, float *out, long out_row) {
@@ -104,9 +141,9 @@ static void decode_head(const uint8_t *packed, const uint8_t *scales, const uint
         decode_row(&coded, n, codes, out);
         if (mean)
             for (long i = 0; i < count; i++) out[i] += bf16_to_float(mean[i]);
+        for (long i = count; i < row; i++) out[i] = 0;
         if (factor != 1)
-            for (long i = 0; i < count; i++) out[i] *= factor;
-        memset(out + count, 0, (row - count) * sizeof(float));
+            for (long i = 0; i < row; i += 16) store16(out + i, load16(out + i) * factor);
     }
 }
 
@@ -139,8 +176,14 @@ void encode_heads(const T *x, long samples, long heads, long tokens, long count,
             const T *start = x + head / heads * stride_b + head % heads * stride_h;
             for (long i = 0; i < count; i++) average[i] = 0;
             if (center && tokens) {
+                long whole = count / 16 * 16;
+                for (long i = 0; i < whole; i += 16) {
+                    vector16 sum = 0;
+                    for (long n = 0; n < tokens; n++) sum += load16(start + n * stride_n + i);
+                    store16(average + i, sum);
+                }
                 for (long n = 0; n < tokens; n++)
-                    for (long i = 0; i < count; i++) average[i] += load(start[n * stride_n + i]);
+                    for (long i = whole; i < count; i++) average[i] += load(start[n * stride_n + i]);
                 for (long i = 0; i < count; i++) {
                     uint16_t rounded = float_to_bf16(average[i] / tokens);
                     if ((rounded & 0x7F80) == 0x7F80) rounded = 0; /* not finite: nothing is subtracted */
@@ -150,9 +193,13 @@ void encode_heads(const T *x, long samples, long heads, long tokens, long count,
             }
             for (long first = 0; first < tokens; first += together) {
                 long n = MIN(together, tokens - first);
-                for (long r = 0; r < n; r++)
-                    for (long i = 0; i < count; i++)
-                        values[r * pitch + i] = load(start[(first + r) * stride_n + i]) - average[i];
+                for (long r = 0; r < n; r++) {
+                    const T *from = start + (first + r) * stride_n;
+                    float *to = values + r * pitch;
+                    long i = 0;
+                    for (; i + 16 <= count; i += 16) store16(to + i, load16(from + i) - load16(average + i));
+                    for (; i < count; i++) to[i] = load(from[i]) - average[i];
+                }
                 encode_some_rows(&coded, head * tokens + first, n, values, seed, codes);
             }
         }
@@ -207,10 +254,15 @@ void attention_backward(const T *grad, const long *grad_strides, const Coded &qu
                     }
                     if (causal)
                         for (long j = start + i + 1; j < keys; j++) row[j] = -INFINITY;
-                    float factor = softmax_row(row, keys);
-                    softmax_row_backward(row, ds + i * s, s);
-                    if (factor != 1)
-                        for (long j = 0; j < s; j++) row[j] *= factor, ds[i * s + j] *= factor;
+                }
+                for (long i = 0; i < rows; i += 16) {
+                    float factors[16];
+                    long here = MIN(16, rows - i);
+                    softmax_rows(p + i * s, here, keys, 0, factors);
+                    softmax_rows_backward(p + i * s, ds + i * s, here, s);
+                    for (long r = i; r < i + here; r++)
+                        if (factors[r - i] != 1)
+                            for (long j = 0; j < s; j++) p[r * s + j] *= factors[r - i], ds[r * s + j] *= factors[r - i];
                 }
                 product(rows, e, keys, ds, s, 1, k, e, dq, e, 0);
                 for (long i = 0; i < rows; i++)
@@ -238,16 +290,19 @@ void prompt_attention(const T *attended, const T *query, const long *strides, co
                                    const float *value, float scale, long samples, long heads, long length, long prompts,
                                    long dim, long value_dim, T *out) {
     long s = PAD16(prompts), ev = PAD16(value_dim);
+    Room shared(heads * (dim * s + prompts * ev) * sizeof(float), true);
+    float *keys = shared.floats(), *values = keys + heads * dim * s;
+    for (long h = 0; h < heads; h++) {
+        transpose(key + h * prompts * dim, prompts, dim, dim, keys + h * dim * s, s);
+        for (long j = 0; j < prompts; j++)
+            memcpy(values + (h * prompts + j) * ev, value + (h * prompts + j) * value_dim, value_dim * sizeof(float));
+    }
     parallel(samples * heads, LARGE, [&](long begin, long end) {
-        Room memory((dim * s + prompts * ev + PROMPT_ROWS * (dim + s + ev)) * sizeof(float));
-        float *kt = memory.floats();
-        float *v = kt + dim * s, *q = v + prompts * ev, *p = q + PROMPT_ROWS * dim, *o = p + PROMPT_ROWS * s;
-        memset(kt, 0, (dim * s + prompts * ev) * sizeof(float));
+        Room memory(PROMPT_ROWS * (dim + s + ev) * sizeof(float));
+        float *q = memory.floats(), *p = q + PROMPT_ROWS * dim, *o = p + PROMPT_ROWS * s;
         for (long head = begin; head < end; head++) {
             long b = head / heads, h = head % heads;
-            transpose(key + h * prompts * dim, prompts, dim, dim, kt, s);
-            for (long j = 0; j < prompts; j++)
-                memcpy(v + j * ev, value + (h * prompts + j) * value_dim, value_dim * sizeof(float));
+            const float *kt = keys + h * dim * s, *v = values + h * prompts * ev;
             for (long start = 0; start < length; start += PROMPT_ROWS) {
                 long rows = MIN(PROMPT_ROWS, length - start);
                 for (long i = 0; i < rows; i++) {
@@ -255,7 +310,10 @@ void prompt_attention(const T *attended, const T *query, const long *strides, co
                     for (long j = 0; j < dim; j++) q[i * dim + j] = load(from[j]) * scale;
                 }
                 product(rows, s, dim, q, dim, 1, kt, s, p, s, 0);
-                for (long i = 0; i < rows; i++) softmax_row(p + i * s, prompts, NAN);
+                for (long i = 0; i < rows; i += 16) {
+                    float factors[16];
+                    softmax_rows(p + i * s, MIN(16, rows - i), prompts, NAN, factors);
+                }
                 product(rows, ev, prompts, p, s, 1, v, ev, o, ev, 0);
                 for (long i = 0; i < rows; i++) {
                     long at = ((b * length + start + i) * heads + h) * value_dim;
@@ -278,20 +336,26 @@ void prompt_attention_backward(const T *grad, const Coded &query, const float *k
     long threads = thread_count();
     Room room(threads * (keys + values) * sizeof(float), true);
     float *sums = room.floats();
+    Room shared(heads * ((dim + value_dim) * s + prompts * e) * sizeof(float), true);
+    float *key_columns = shared.floats(), *value_columns = key_columns + heads * dim * s;
+    float *key_rows = value_columns + heads * value_dim * s;
+    for (long h = 0; h < heads; h++) {
+        transpose(key + h * prompts * dim, prompts, dim, dim, key_columns + h * dim * s, s);
+        transpose(value + h * prompts * value_dim, prompts, value_dim, value_dim, value_columns + h * value_dim * s, s);
+        for (long j = 0; j < prompts; j++)
+            memcpy(key_rows + (h * prompts + j) * e, key + (h * prompts + j) * dim, dim * sizeof(float));
+    }
     parallel(samples * heads, LARGE, [&](long begin, long end) {
         long thread = thread_index();
-        long size = (dim + value_dim) * s + prompts * e + PROMPT_ROWS * (2 * e + ev + 2 * s);
-        Room memory(size * sizeof(float) + e);
-        float *kt = memory.floats(), *vt = kt + dim * s, *k = vt + value_dim * s, *q = k + prompts * e;
-        float *dq = q + PROMPT_ROWS * e, *dout = dq + PROMPT_ROWS * e, *p = dout + PROMPT_ROWS * ev, *ds = p + PROMPT_ROWS * s;
+        long size = PROMPT_ROWS * (2 * e + ev + 2 * s);
+        Room memory(size * sizeof(float) + e, true);
+        float *q = memory.floats(), *dq = q + PROMPT_ROWS * e, *dout = dq + PROMPT_ROWS * e, *p = dout + PROMPT_ROWS * ev;
+        float *ds = p + PROMPT_ROWS * s;
         uint8_t *codes = (uint8_t *)(ds + PROMPT_ROWS * s);
-        memset(kt, 0, size * sizeof(float));
         for (long head = begin; head < end; head++) {
             long b = head / heads, h = head % heads;
+            const float *kt = key_columns + h * dim * s, *vt = value_columns + h * value_dim * s, *k = key_rows + h * prompts * e;
             float *dk = sums + thread * (keys + values) + h * prompts * e, *dv = sums + thread * (keys + values) + keys + h * prompts * ev;
-            transpose(key + h * prompts * dim, prompts, dim, dim, kt, s);
-            transpose(value + h * prompts * value_dim, prompts, value_dim, value_dim, vt, s);
-            for (long j = 0; j < prompts; j++) memcpy(k + j * e, key + (h * prompts + j) * dim, dim * sizeof(float));
             for (long start = 0; start < length; start += PROMPT_ROWS) {
                 long rows = MIN(PROMPT_ROWS, length - start), first = head * length + start;
                 decode_head(query.packed + first * width, query.scales + first * stride,
@@ -301,9 +365,10 @@ void prompt_attention_backward(const T *grad, const Coded &query, const float *k
                         dout[i * ev + j] = load(grad[((b * length + start + i) * heads + h) * value_dim + j]);
                 product(rows, s, dim, q, e, 1, kt, s, p, s, 0);
                 product(rows, s, value_dim, dout, ev, 1, vt, s, ds, s, 0);
-                for (long i = 0; i < rows; i++) {
-                    softmax_row(p + i * s, prompts, NAN);
-                    softmax_row_backward(p + i * s, ds + i * s, s);
+                for (long i = 0; i < rows; i += 16) {
+                    float factors[16];
+                    softmax_rows(p + i * s, MIN(16, rows - i), prompts, NAN, factors);
+                    softmax_rows_backward(p + i * s, ds + i * s, MIN(16, rows - i), s);
                 }
                 product(rows, e, prompts, ds, s, 1, k, e, dq, e, 0);
                 for (long i = 0; i < rows; i++)

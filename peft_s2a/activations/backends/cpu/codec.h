@@ -112,7 +112,7 @@ static void ranges_of(const float *x, long count, long group, long groups, vecto
                 }
             highs[g] = choose16(spoiled != 0, INFINITY, highs[g]);
         }
-        low[first / 16] = extremes16(lows, here, 0), high[first / 16] = extremes16(highs, here, 1);
+        low[first / 16] = reduce16<smaller16>(lows, here), high[first / 16] = reduce16<larger16>(highs, here);
     }
 }
 

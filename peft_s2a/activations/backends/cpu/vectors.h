@@ -194,6 +194,13 @@ COMPARISON16(index16, !=)
 /* From and to anywhere in memory */
 INLINE vector16 load16(const float *x) EACH16(vector16, *(const loose_floats *)(x + p * LANES))
 
+template <typename T>
+INLINE vector16 load16(const T *x) {
+    vector16 out;
+    for (int k = 0; k < 16; k++) out[k] = load(x[k]);
+    return out;
+}
+
 INLINE void store16(float *x, vector16 value) {
     for (int p = 0; p < PARTS; p++) *(loose_floats *)(x + p * LANES) = value.part[p];
 }
@@ -301,8 +308,11 @@ INLINE void to_bytes16(index16 x, void *bytes) {
 #endif
 }
 
-/* Lane i becomes the smallest (largest) lane of v[i], for n up to 16: neighbouring lanes are joined until one is left. */
-INLINE vector16 extremes16(vector16 *v, long n, int largest) {
+INLINE vector16 added16(vector16 a, vector16 b) { return a + b; }
+
+/* Lane i becomes join(...) of the lanes of v[i], for n up to 16: neighbouring lanes are joined until one is left. */
+template <vector16 join(vector16, vector16)>
+INLINE vector16 reduce16(vector16 *v, long n) {
     for (int level = 0; level < 4; level++) {
         if (n % 2) v[n] = v[n - 1];
         n = (n + 1) / 2;
@@ -313,7 +323,7 @@ INLINE vector16 extremes16(vector16 *v, long n, int largest) {
                 const floats b = v[2 * i + (2 * p + 1) / PARTS].part[(2 * p + 1) % PARTS];
                 even.part[p] = EVEN(a, b), odd.part[p] = ODD(a, b);
             }
-            v[i] = largest ? larger16(even, odd) : smaller16(even, odd);
+            v[i] = join(even, odd);
         }
     }
     return v[0];
@@ -380,8 +390,9 @@ INLINE void gate16(vector16 x, float inner, float cubic, vector16 *value, vector
     }
 }
 
+/* In the order of `reduce16` */
 inline float sum16(vector16 x) {
-    x += across16<8>(x), x += across16<4>(x), x += across16<2>(x), x += across16<1>(x);
+    x += across16<1>(x), x += across16<2>(x), x += across16<4>(x), x += across16<8>(x);
     return x[0];
 }
 
