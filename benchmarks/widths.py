@@ -34,7 +34,6 @@ def configs() -> dict[str, PeftConfig]:
         "biases": S2ABiasConfig(**exact),
         "LoRA": lora,
         "S2A": S2AConfig(**exact),
-        "S2A, side_alpha=1": S2AConfig(**exact, side_alpha=1.0),
     }
 
 

@@ -262,7 +262,8 @@ class S2ASideConfig(_S2ABaseConfig):
             r are kept for backward. "ladder": a recurrent state of width r runs beside a backbone that needs no
             backward pass, and joins it before the head.
         side_activation: f: "gelu", or "linear" for branches that can be merged into a linear layer.
-        side_init: D: "orthogonal" rows, or "svd", the top right-singular vectors of the layer beside it.
+        side_init: D: "orthogonal" rows, or "svd", the top right-singular vectors of the layer beside it. They have
+            length 1, and less beside modules that put out little.
         kwargs: the arguments shared by all S2A tuners, see [`S2AConfig`].
     """
 

@@ -148,22 +148,22 @@ def find_stages(model: nn.Module) -> list[str]:
     """The stages of a convolutional network: from the root down, the first place where its convolutions are shared out
     over several modules.
 
-    timm's models skip the stages under gradient checkpointing and call what is in them, so there the first block of a
-    stage, which reads the stage's input, stands for it.
+    timm's models skip the stages under gradient checkpointing and call the blocks in them, so there the blocks of a stage
+    stand for it.
     """
     stages = _find_stages(model)
     timm_model = getattr(model, "timm_model", model)
     if not hasattr(timm_model, "set_grad_checkpointing"):
         return stages
-    return [_first_block(model, name) for name in stages]
+    return [block for name in stages for block in _blocks_in(model, name)]
 
 
-def _first_block(model: nn.Module, name: str) -> str:
+def _blocks_in(model: nn.Module, name: str) -> list[str]:
     module = model.get_submodule(name)
     if not isinstance(module, nn.Sequential):
-        return name
+        return [name]
     blocks = [key for key, child in module.named_children() if next(child.children(), None) and projections(child)]
-    return _first_block(model, f"{name}.{blocks[0]}") if blocks else name
+    return [block for key in blocks for block in _blocks_in(model, f"{name}.{key}")] or [name]
 
 
 def _find_stages(model: nn.Module) -> list[str]:

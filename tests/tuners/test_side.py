@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
 from saved import saved_tensors
 from torch import nn
+from transformers import ViTConfig, ViTForImageClassification
 
-from peft_s2a import S2ASideConfig
-from peft_s2a.tuners.side import SideLayer, can_serve, frozen_projection
+from peft_s2a import S2AConfig, S2ASideConfig
+from peft_s2a.tuners.side import LEAST_LENGTH, USUAL_GAIN, SideLayer, can_serve, frozen_projection
 
 
 RANK, ALPHA = 3, 6.0
@@ -263,3 +264,82 @@ def test_modules_that_change_their_layout_say_so_where_the_models_inputs_are_not
     model = get_peft_model(TakesMore(Patches()), S2ASideConfig(target_modules=["target"]))
     with pytest.raises(ValueError, match=r"input has shape \(1, 3, 8, 8\) and its output \(1, 4, 8\)"):
         model(torch.randn(1, 3, 8, 8), torch.zeros(()))
+
+
+class TestLengthOfDirections:
+    """Beside modules of little output the branch is weaker, see `length_of_directions`."""
+
+    @staticmethod
+    def lengths(target: nn.Module, **config) -> torch.Tensor:
+        model = get_peft_model(Wrapper(target), S2ASideConfig(side_rank=RANK, target_modules=["target"], **config))
+        return next(buffer for name, buffer in model.named_buffers() if "s2a_down" in name).flatten(1).norm(dim=1)
+
+    @pytest.mark.parametrize("init", ["orthogonal", "svd"])
+    def test_one_beside_weights_as_large_as_trained_ones(self, init):
+        torch.testing.assert_close(self.lengths(Mlp(), side_init=init), torch.ones(RANK))
+
+    @pytest.mark.parametrize("init", ["orthogonal", "svd"])
+    def test_in_proportion_to_the_output_beside_small_weights(self, init):
+        torch.manual_seed(0)
+        mlp = Mlp(16)
+        nn.init.normal_(mlp.fc1.weight, std=0.05), nn.init.normal_(mlp.fc2.weight, std=0.1)
+        x = torch.randn(50_000, 16)
+        hidden = torch.randn(50_000, 12)
+        sizes = [F.linear(x, mlp.fc1.weight).square().mean(), F.linear(hidden, mlp.fc2.weight).square().mean()]
+        expected = (sizes[0] * sizes[1]).sqrt() / USUAL_GAIN
+        assert 0.1 < expected < 0.9
+        torch.testing.assert_close(self.lengths(mlp, side_init=init), expected.expand(RANK), rtol=0.02, atol=0)
+
+    @pytest.mark.parametrize(("value", "length"), [(0.0, LEAST_LENGTH), (float("inf"), 1.0), (float("nan"), 1.0)])
+    def test_weights_that_say_nothing(self, value, length):
+        mlp = Mlp()
+        nn.init.constant_(mlp.fc2.weight, value)
+        torch.testing.assert_close(self.lengths(mlp), torch.full((RANK,), length))
+
+    @pytest.mark.parametrize(
+        "target",
+        [nn.Linear(6, 6), nn.Conv2d(6, 6, 1), nn.Sequential(nn.Conv2d(6, 6, 1), nn.Conv2d(6, 6, 1))],
+        ids=["linear", "convolution", "module of convolutions"],
+    )
+    def test_one_beside_single_layers_and_convolutions(self, target):
+        for parameter in target.parameters():
+            nn.init.constant_(parameter, 0.001)
+        torch.testing.assert_close(self.lengths(target), torch.ones(RANK))
+
+    def test_the_saved_directions_count_where_an_adapter_is_loaded(self, tmp_path):
+        mlp = Mlp()
+        nn.init.normal_(mlp.fc1.weight, std=0.02)
+        model = get_peft_model(Wrapper(mlp), S2ASideConfig(target_modules=["target"], init_weights=False))
+        x = torch.randn(4, 6)
+        model.save_pretrained(tmp_path)
+        other = Mlp()
+        loaded = PeftModel.from_pretrained(Wrapper(other), tmp_path)
+        difference = model(x) - mlp_output(model, x)
+        torch.testing.assert_close(loaded(x) - mlp_output(loaded, x), difference)
+
+    @pytest.mark.parametrize("learning_rate", [5e-4, 2e-3, 5e-3])
+    def test_narrow_networks_with_random_weights_learn_at_usual_rates(self, learning_rate):
+        def last_loss(structures: tuple[str, ...]) -> float:
+            torch.manual_seed(0)
+            model = ViTForImageClassification(
+                ViTConfig(
+                    hidden_size=64, num_hidden_layers=4, num_attention_heads=2, intermediate_size=256, image_size=32,
+                    patch_size=8, num_labels=8,
+                )
+            )  # fmt: skip
+            images = torch.randn(32, 3, 32, 32)
+            model = get_peft_model(model, S2AConfig(structures=structures, activation_quantization=None)).eval()
+            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], learning_rate)
+            for _ in range(30):
+                loss = F.cross_entropy(model(pixel_values=images).logits, torch.arange(32) % 8)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            return loss.item()
+
+        assert last_loss(("bias", "prompt", "side")) < last_loss(("bias",))
+
+
+def mlp_output(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    with model.disable_adapter():
+        return model(x)
