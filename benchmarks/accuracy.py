@@ -438,6 +438,13 @@ def accuracies(result: dict[str, Any], dataset: str, method: str) -> dict[int, f
     return {row["seed"]: row["accuracy"] for row in rows}
 
 
+def mean_accuracies(result: dict[str, Any], datasets: Sequence[str], method: str) -> dict[int, float]:
+    """The mean over several datasets, by seed, of the seeds that all of them have."""
+    found = [accuracies(result, dataset, method) for dataset in datasets]
+    seeds = sorted(set.intersection(*map(set, found)))
+    return {seed: statistics.fmean(of_one[seed] for of_one in found) for seed in seeds}
+
+
 def mean_and_deviation(values: list[float]) -> tuple[float, float]:
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
@@ -451,21 +458,18 @@ def paired_difference(
     Of several datasets it is the mean over them that is paired, of the seeds that all of them have. ``low`` and ``high``
     are the 95% confidence interval of Student's t; `seed_noise` is the standard deviation over seeds of ``other``.
     """
-    ours, theirs = ([accuracies(result, dataset, name) for dataset in datasets] for name in (method, other))
-    seeds = sorted(set.intersection(*(set(found) for found in (*ours, *theirs))))
+    ours, theirs = (mean_accuracies(result, datasets, name) for name in (method, other))
+    seeds = [seed for seed in ours if seed in theirs]
     if len(seeds) < 2:
         return None
-    first, second = (
-        [statistics.fmean(found[seed] for found in of_datasets) for seed in seeds] for of_datasets in (ours, theirs)
-    )
-    difference, deviation = mean_and_deviation([a - b for a, b in zip(first, second)])
+    difference, deviation = mean_and_deviation([ours[seed] - theirs[seed] for seed in seeds])
     half = float(stats.t.ppf(0.975, len(seeds) - 1)) * deviation / len(seeds) ** 0.5
     return {
         "pairs": len(seeds),
         "difference": difference,
         "low": difference - half,
         "high": difference + half,
-        "seed_noise": statistics.stdev(second),
+        "seed_noise": statistics.stdev(theirs[seed] for seed in seeds),
     }
 
 

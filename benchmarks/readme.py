@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import budgets
-from accuracy import COMPARED, accuracies, mean_and_deviation, paired_difference
+from accuracy import COMPARED, accuracies, mean_accuracies, mean_and_deviation, paired_difference
 from memory_and_speed import COMPILED, METHODS, RIVALS
 
 from peft_s2a.memory.report import ENGINE_TITLES
@@ -398,6 +398,8 @@ def accuracy(data: Result, path: Path) -> list[str]:
         values = [list(accuracies(data, dataset, row["method"]).values()) for dataset in datasets]
         if not any(values):
             continue
+        if len(datasets) > 2:
+            values.append(list(mean_accuracies(data, datasets, row["method"]).values()))
         percent = (
             "{:.1f} ± {:.1f}".format(*mean_and_deviation(found))
             + (f" ({len(found)} seeds)" if len(found) < len(seeds) else "")
@@ -416,7 +418,8 @@ def accuracy(data: Result, path: Path) -> list[str]:
         "of that."
     )
     cost = differences(data, datasets)
-    header = ("method", "trainable", "kept, MiB/image", "peak, MiB", *(f"{name}, %" for name in datasets))
+    columns = [*datasets, *["mean"] * (len(datasets) > 2)]
+    header = ("method", "trainable", "kept, MiB/image", "peak, MiB", *(f"{name}, %" for name in columns))
     return [table(header, rows), note(data, f"{about} {cost}".strip()), picture(path, "accuracy over memory")]
 
 
