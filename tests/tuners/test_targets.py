@@ -159,6 +159,17 @@ class TestDefaults:
         assert found["prompt"] == [first]
         assert found["side"] == (blocks if blocks and family != "convnext" else find_mlps(families.build(family)))
 
+    @pytest.mark.parametrize(
+        ("name", "blocks"),
+        [
+            ("resnet26", [f"layer{stage}.{block}" for stage in range(1, 5) for block in range(2)]),
+            ("tf_efficientnet_lite0", [f"blocks.{s}.{b}" for s, n in enumerate((1, 2, 2, 3, 3, 4, 1)) for b in range(n)]),
+        ],
+    )
+    def test_timms_convolutional_networks_get_sides_on_the_blocks_of_their_stages(self, name, blocks):
+        timm = pytest.importorskip("timm")
+        assert targets(timm.create_model(name, num_classes=4), S2AConfig())["side"] == blocks
+
     def test_key_biases_are_left_out(self):
         found = targets(base_model(), S2ABiasConfig())["bias"]
         assert not any("k_proj" in name for name in found)
