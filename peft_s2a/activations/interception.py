@@ -73,7 +73,9 @@ class OperatorMode(TorchFunctionMode):
         # torch.compile finds these in no dict: they are functions that torch has written in Python
         handler = power if func is Tensor.__pow__ else norm if func is Tensor.norm else HANDLERS.get(func)
         if handler is not None and torch.is_grad_enabled() and not _left_to_stock(args, kwargs):
-            result = handler(self, *args, **(kwargs or {}))
+            result = handler(
+                self, *args, **{_NUMPY_NAMES.get(name, name): value for name, value in (kwargs or {}).items()}
+            )
             if result is not NotImplemented:
                 return result
         if torch.compiler.is_compiling():
@@ -123,6 +125,9 @@ def _left_to_stock(args: tuple, kwargs: dict[str, Any] | None) -> bool:
 
 
 _PLAIN = (Tensor, nn.Parameter)
+
+# numpy's names of arguments, which torch's functions take as well
+_NUMPY_NAMES = {"axis": "dim", "keepdims": "keepdim", "x": "input", "a": "input", "x1": "input", "x2": "other"}
 
 
 # Under torch.compile function modes are offered numpy's arithmetic as well, as methods of tensors, which arrays lack.

@@ -85,8 +85,9 @@ def resolve_targets(model: nn.Module, config: _S2ABaseConfig) -> dict[str, list[
         checks = _Checks(model)
         find = _default_targets if config.target_modules is None else _named_targets
         targets = find(model, config, structures, checks)
-        # Of structures that nobody asked for, those without a place do not stand in the way of named targets.
-        if config.target_modules is not None and structures == STRUCTURES and any(targets.values()):
+        # Of structures that nobody asked for, those without a place do not stand in the way of the others.
+        if structures == STRUCTURES and any(targets.values()):
+            _log_left_out(model, config, [structure for structure, names in targets.items() if not names])
             targets = {structure: names for structure, names in targets.items() if names}
         for structure in structures:
             if structure in targets and not targets[structure]:
@@ -300,6 +301,15 @@ def _can_carry(structure: str, name: str, module: nn.Module, attention: dict[str
     if structure == "statistics":
         return isinstance(module, BATCH_NORMS) and module.track_running_stats
     return side.can_serve(module)
+
+
+def _log_left_out(model: nn.Module, config: _S2ABaseConfig, structures: list[str]) -> None:
+    if structures and config.target_modules is None:
+        logger.warning(
+            "%s has no place for %s, and is adapted without. `target_modules` can name one.",
+            type(model).__name__,
+            " and ".join(structures),
+        )
 
 
 def _raise_no_place(model: nn.Module, config: _S2ABaseConfig, structure: str, checks: _Checks) -> None:

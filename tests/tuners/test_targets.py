@@ -163,7 +163,10 @@ class TestDefaults:
         ("name", "blocks"),
         [
             ("resnet26", [f"layer{stage}.{block}" for stage in range(1, 5) for block in range(2)]),
-            ("tf_efficientnet_lite0", [f"blocks.{s}.{b}" for s, n in enumerate((1, 2, 2, 3, 3, 4, 1)) for b in range(n)]),
+            (
+                "tf_efficientnet_lite0",
+                [f"blocks.{s}.{b}" for s, n in enumerate((1, 2, 2, 3, 3, 4, 1)) for b in range(n)],
+            ),
         ],
     )
     def test_timms_convolutional_networks_get_sides_on_the_blocks_of_their_stages(self, name, blocks):
@@ -203,8 +206,17 @@ class TestDefaults:
             with pytest.raises(ValueError, match=f"{structure} has no place to go in Sequential"):
                 get_peft_model(model, config)
             assert_untouched(model, before)
-        with pytest.raises(ValueError, match=r"train without it: `structures=\('bias', 'side'\)`"):
-            get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), S2AConfig())
+        with pytest.raises(ValueError, match=r"train without it: `structures=\('bias',\)`"):
+            get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), S2AConfig(structures=("bias", "prompt")))
+
+    def test_default_structures_without_a_place_are_left_out_and_logged(self, caplog):
+        model = get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), S2AConfig())
+        assert model.peft_config["default"].structure_targets == {"bias": ["0"], "side": ["0"]}
+        assert [record.message for record in caplog.records] == [
+            "Sequential has no place for prompt, and is adapted without. `target_modules` can name one."
+        ]
+        with pytest.raises(ValueError, match="has no place to go in Sequential"):
+            get_peft_model(nn.Sequential(nn.ReLU()), S2AConfig())
 
 
 class TestUnlistedModels:

@@ -41,10 +41,10 @@ def vector_norm(x: Tensor, dim: Sequence[int] | None, keepdim: bool, *, quantize
 
 
 @handles(torch.linalg.vector_norm)
-def _vector_norm(mode, x, ord=2, dim=None, keepdim=False, *, dtype=None, out=None):
+def _vector_norm(mode, input, ord=2, dim=None, keepdim=False, *, dtype=None, out=None):
     if ord != 2 or dtype is not None:
         return NotImplemented
-    return vector_norm(x, [dim] if isinstance(dim, int) else dim, keepdim, quantizer=mode.quantizer("norm"))
+    return vector_norm(input, [dim] if isinstance(dim, int) else dim, keepdim, quantizer=mode.quantizer("norm"))
 
 
 @handles(torch.norm)  # and `Tensor.norm`, see `interception`
