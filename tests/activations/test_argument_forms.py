@@ -1,5 +1,6 @@
 """Every form in which operators can be called: the result is the stock one, and so is the gradient at 8 bits."""
 
+import inspect
 from contextlib import nullcontext
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from peft_s2a.activations.config import ActivationQuantizationConfig
 from peft_s2a.activations.interception import OperatorMode
+from peft_s2a.activations.operators.registry import HANDLERS
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -57,6 +59,8 @@ FORMS = {
     "amax over numpy's axis": lambda x: torch.amax(x=x, axis=-1, keepdims=True),
     "vector_norm by keywords": lambda x: torch.linalg.vector_norm(input=x, dim=-1),
     "vector_norm by numpy's names": lambda x: torch.linalg.vector_norm(x=x, axis=-1, keepdims=True),
+    "add, the deprecated form": lambda x: torch.add(x, 0.5, x.tanh()),
+    "addcmul, the deprecated form": lambda x: torch.addcmul(x, 0.5, x.tanh(), x.sigmoid()),
     "mul by numpy's names": lambda x: torch.mul(x1=x, x2=x + 1),
     "matmul by numpy's names": lambda x: torch.matmul(a=x, x2=x.mT),
     "tanh by a numpy name": lambda x: torch.tanh(x=x),
@@ -139,3 +143,30 @@ def test_result_and_gradients_are_the_stock_ones(name, setting):
         if one is not None:
             assert one.dtype == other.dtype and one.shape == other.shape
             assert (one - other).norm() <= 0.03 * other.norm() + 1e-9
+
+
+@pytest.mark.parametrize("function", [f for f in HANDLERS if not inspect.isfunction(f)], ids=lambda f: f.__qualname__)
+def test_handlers_take_every_form_of_torchs_schemas(function):
+    name = {"__radd__": "add", "__rmul__": "mul"}.get(function.__name__, function.__name__.strip("_"))
+    if name == "float":  # no operator, a conversion
+        return
+    packet, handler = getattr(torch.ops.aten, name), inspect.signature(HANDLERS[function])
+    schemas = [getattr(packet, overload)._schema for overload in packet.overloads()]
+    found = [s for s in schemas if str(s.arguments[0].type) == "Tensor" and not any(a.is_out for a in s.arguments)]
+    assert found
+    for schema in found:
+        names = ["input" if a.name == "self" else a.name for a in schema.arguments]
+        given = [name for name, argument in zip(names, schema.arguments) if not argument.kwarg_only]
+        handler.bind(None, *given, **dict.fromkeys(names[len(given) :]))
+        handler.bind(None, **dict.fromkeys(names))
+
+
+@pytest.mark.parametrize("function", [f for f in HANDLERS if inspect.isfunction(f)], ids=lambda f: f.__name__)
+def test_handlers_take_every_argument_of_torchs_python_functions(function):
+    stock, handler = inspect.signature(function).parameters, inspect.signature(HANDLERS[function]).parameters
+    if not any(p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in (*stock.values(), *handler.values())):
+        missing = set(stock) - {"self"} - set(handler)
+        assert not missing
+    for name, parameter in stock.items():
+        if name in handler and inspect.Parameter.empty not in (parameter.default, handler[name].default):
+            assert handler[name].default == parameter.default

@@ -163,8 +163,8 @@ def _mean(mode, input, dim=None, keepdim=False, *, dtype=None, out=None):
 
 
 @handles(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
-def _add(mode, input, other, *, alpha=1, out=None):
-    return offset(input, other) if isinstance(other, float) and alpha == 1 else NotImplemented
+def _add(mode, input, other, *deprecated, alpha=1, out=None):
+    return offset(input, other) if isinstance(other, float) and alpha == 1 and not deprecated else NotImplemented
 
 
 @handles(torch.rsqrt, Tensor.rsqrt)

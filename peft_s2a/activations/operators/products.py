@@ -139,15 +139,19 @@ def add_product(x: Tensor, a: Tensor, b: Tensor, value: float = 1, *, quantizer:
 
 
 @handles(torch.addcmul, Tensor.addcmul)
-def _addcmul(mode, input, tensor1, tensor2, *, value=1, out=None):
-    if len({t.dtype for t in (input, tensor1, tensor2)}) > 1 or not any(map(is_activation, (tensor1, tensor2))):
+def _addcmul(mode, input, tensor1, tensor2, *deprecated, value=1, out=None):
+    if (
+        deprecated
+        or len({t.dtype for t in (input, tensor1, tensor2)}) > 1
+        or not any(map(is_activation, (tensor1, tensor2)))
+    ):
         return NotImplemented
     return add_product(input, tensor1, tensor2, value, quantizer=mode.quantizer("gated_activation"))
 
 
 @handles(torch.bmm, Tensor.bmm)
-def _bmm(mode, input, mat2, out=None):
-    return _matmul(mode, input, mat2)
+def _bmm(mode, input, mat2, out_dtype=None, *, out=None):
+    return _matmul(mode, input, mat2) if out_dtype is None else NotImplemented
 
 
 @handles(torch.matmul, Tensor.matmul, Tensor.__matmul__)
