@@ -140,10 +140,19 @@ class _Checks:
     def report(self, structures: Iterable[str]) -> dict[str, dict[str, str]]:
         """Logs what was left out of the structures, and returns it: structure -> name -> reason."""
         found: dict[str, dict[str, str]] = {}
-        for (structure, reason), names in self._dropped.items():
-            if structure in structures:
-                logger.warning("No %s on %s: it %s.", structure, ", ".join(names), reason)
-                found.setdefault(structure, {}).update(dict.fromkeys(names, reason))
+        for structure in structures:
+            reasons = {
+                reason: list(dict.fromkeys(names))
+                for (kind, reason), names in self._dropped.items()
+                if kind == structure
+            }
+            if not reasons:
+                continue
+            found[structure] = {name: reason for reason, names in reasons.items() for name in names}
+            told = [f"{', '.join(names)}: it {reason}" for reason, names in list(reasons.items())[:3]]
+            others = sum(map(len, reasons.values())) - sum(map(len, list(reasons.values())[:3]))
+            told += [f"{others} other modules, see `dropped_targets` of the configuration"] if others else []
+            logger.warning("No %s on %s.", structure, "; on ".join(told))
         return found
 
     def is_used(self, name: str) -> bool:
