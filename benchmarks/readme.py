@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -423,6 +424,25 @@ def accuracy(data: Result, path: Path) -> list[str]:
     return [table(header, rows), note(data, f"{about} {cost}".strip()), picture(path, "accuracy over memory")]
 
 
+def tasks(data: Result, path: Path) -> list[str]:
+    """In a sentence: the mean accuracy over all tasks, and what is kept for it."""
+    datasets = list(dict.fromkeys(row["dataset"] for row in data["runs"] if row["split"] == "test"))
+    kept = {row["method"]: row["saved_bytes_per_image"] / 2**10 for row in data["memory"]}
+    found = {method: mean_accuracies(data, datasets, method) for method in kept}
+    told = [
+        f"{method} {statistics.fmean(values.values()):.1f}% ({kept[method]:,.0f} KiB)"
+        for method, values in found.items()
+        if values and method not in ("S2A, full precision", "linear probe")
+    ]
+    setting = data["setting"]
+    weights = TITLES_OF_WEIGHTS[setting.get("backbone", "dinov2-s")]
+    text = (
+        f"Accuracy: {weights}, mean over {len(datasets)} tasks of {setting['train_images']:,} images (and what is kept for "
+        f"each): {', '.join(told)}. {differences(data, datasets)} On {hardware(data)}."
+    )
+    return [note(data, text)]
+
+
 def differences(data: Result, datasets: list[str]) -> str:
     """What S2A gains over other methods, on the mean of all datasets, where there are seeds enough to say so."""
     parts, pairs = [], 0
@@ -602,6 +622,7 @@ SECTIONS: dict[str, tuple[tuple[str, ...], Callable[[Result, Path], list[str]]]]
     "choices": (("memory_and_speed-wide-*.json", "memory_and_speed-full-*.json"), choices),
     "wide": (("memory_and_speed-wide-*.json", "memory_and_speed-full-*.json"), wide),
     "accuracy": (("accuracy-*.json",), accuracy),
+    "tasks": (("accuracy-tasks-*.json",), tasks),
     "budget": (("memory_and_speed-budget-*.json",), budget),
     "compiled": (("memory_and_speed-compiled-*.json",), compiled),
     "without_checkpointing": (("checkpointing.json",), without_checkpointing),
