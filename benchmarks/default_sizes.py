@@ -13,6 +13,7 @@ import argparse
 import gc
 import json
 import logging
+import sys
 import time
 import warnings
 from typing import Any
@@ -83,6 +84,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", metavar="MODEL", help="model types of transformers; none: all")
     args = parser.parse_args()
+    sys.path.insert(0, str(RESULTS.parents[1] / "tests"))
+    import conftest  # noqa: F401  (makes timm importable)
+
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     known = classifiers()
