@@ -39,6 +39,9 @@ from peft_s2a.tuners.structures import PARAMETER_NAMES
 from peft_s2a.tuners.targets import find_statistics, is_excluded, recorded_in, resolve_targets
 
 
+ALIGNMENT = 64  # bytes, at which torch allocates
+
+
 class S2AModel(BaseTuner):
     """Structure-activation synergy (Jin et al. 2025, arXiv:2503.08154) as a PEFT tuner.
 
@@ -447,7 +450,9 @@ class S2AModel(BaseTuner):
                 for name in (*module.adapter_layer_names, *module.other_param_names):
                     yield f"{name_in_state(prefix)}.{name}.{adapter_name}", adapter_name in getattr(module, name)
 
-    def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, torch.Tensor], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
         # Torch would report a wrong shape after it has copied all the other tensors.
         own = self.state_dict(prefix=prefix)
         wrong = [
@@ -460,7 +465,12 @@ class S2AModel(BaseTuner):
                 f"size mismatch for {len(wrong)} tensors of the adapter ({some(wrong)}): its configuration is not "
                 "the one that it was trained with. None of them was loaded."
             )
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        if local_metadata.get("assign_to_params_buffers"):
+            # With `low_cpu_mem_usage` they would stay where they lie in the file, and products of such weights round otherwise.
+            for key, tensor in state_dict.items():
+                if type(tensor) is torch.Tensor and tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
+                    state_dict[key] = tensor.clone()
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
 
 def _untrainable(model: nn.Module, modules_to_save: list[str]) -> str | None:
