@@ -14,6 +14,7 @@ from .layers import CONVOLUTIONS, visible_modules
 
 SAMPLES = 2
 TOKENS = 8
+USUAL_SIZES = (64, 32, 96, 112, 128, 160, 192, 224, 240, 256, 288, 320, 336, 384, 448, 512, 518)
 IMAGE_NAMES = ("pixel_values", "pixel_values_videos", "inputs", "input_values", "input_features")
 # Arguments that carry what a model reads; if one is left out, what reads it stays unseen.
 MODALITIES = (*IMAGE_NAMES, "input_ids", "decoder_input_ids", "x", "sample", "hidden_states", "encoder_hidden_states")
@@ -56,12 +57,13 @@ def _image_sizes(config: Any) -> list[tuple[int, int]]:
 
 
 def _timm_inputs(model: nn.Module, timm_model: nn.Module) -> Iterator[tuple[dict[str, Any], bool]]:
-    declared_by = (getattr(getattr(timm_model, name, None), "img_size", None) for name in ("patch_embed", "stem"))
+    declared_by = (getattr(module, "img_size", None) for module in timm_model.modules())
     sizes = [tuple(size) if isinstance(size, (tuple, list)) else (size, size) for size in declared_by if size]
     settings = getattr(timm_model, "pretrained_cfg", None) or getattr(timm_model, "default_cfg", None) or {}
     channels, *declared = settings.get("input_size") or (3, 224, 224)
     channels = getattr(timm_model, "in_chans", None) or channels
-    for size in dict.fromkeys([*sizes, tuple(declared), (64, 64)]):
+    # A model that was made for other images than its checkpoint does not always say for which.
+    for size in dict.fromkeys([*sizes, tuple(declared), *((size, size) for size in USUAL_SIZES)]):
         name = "pixel_values" if timm_model is not model else "*"
         images = torch.empty(SAMPLES, channels, *size)
         yield {name: images if name != "*" else (images,)}, True
@@ -82,7 +84,7 @@ def _plain_inputs(model: nn.Module) -> Iterator[tuple[dict[str, Any], bool]]:
         shapes = [(TOKENS, first.in_features), (first.in_features,)]
     else:
         axes = len(first.kernel_size)
-        shapes = [(first.in_channels, *[size] * axes) for size in (64, 224)]
+        shapes = [(first.in_channels, *[size] * axes) for size in dict.fromkeys((64, 224, *USUAL_SIZES))]
     for shape in shapes:
         yield {"*": (torch.empty(SAMPLES, *shape),)}, True
 

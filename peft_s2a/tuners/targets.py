@@ -83,6 +83,11 @@ def resolve_targets(model: nn.Module, config: _S2ABaseConfig) -> dict[str, list[
         _check_recorded_targets(model, config, structures)
     else:
         checks = _Checks(model)
+        if config.target_modules is None and checks.usage is None:
+            logger.warning(
+                "No input could be made that %s takes: where its structures sit by default is not checked.",
+                type(model).__name__,
+            )
         find = _default_targets if config.target_modules is None else _named_targets
         targets = find(model, config, structures, checks)
         # Of structures that nobody asked for, those without a place do not stand in the way of the others.

@@ -125,6 +125,25 @@ class TestChecks:
         for name in dropped:
             assert sum(name in re.split(r", |: | on ", line) for line in lines) == 1
 
+    def test_it_is_said_where_nothing_can_be_checked(self, caplog):
+        class OfTwo(nn.Sequential):
+            def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+                return super().forward(x + y)
+
+        with caplog.at_level(logging.WARNING, logger="peft_s2a"):
+            get_peft_model(OfTwo(nn.Linear(4, 4)), S2AConfig(structures=("bias",)))
+        assert "No input could be made that OfTwo takes" in caplog.text
+
+    @pytest.mark.parametrize("size", [96, 128])
+    @pytest.mark.parametrize("name", ["hiera_tiny_224", "twins_svt_small", "volo_d1_224"])
+    def test_timm_models_made_for_other_images_than_their_checkpoints_are_checked(self, name, size):
+        timm = pytest.importorskip("timm")
+        try:
+            model = timm.create_model(name, num_classes=3, img_size=size)
+        except AssertionError:
+            pytest.skip(f"{name} takes no images of {size}")
+        assert observe(model) is not None
+
     def test_heads_and_what_was_left_out_can_be_printed(self, capsys):
         model = get_peft_model(zoo.build("timm xcit"), S2AConfig())
         model.print_placement()

@@ -34,21 +34,29 @@ def _rank(name: str) -> int:
 
 
 def build(name: str) -> tuple[nn.Module, int]:
-    """The model, and the size of its images: 128, or what it insists on."""
-    model = timm.create_model(name, num_classes=5, **({"img_size": 128} if _takes_sizes(name) else {})).eval()
-    try:
-        with torch.no_grad():
-            model(torch.zeros(1, 3, 128, 128))
-    except (AssertionError, RuntimeError):
-        return timm.create_model(name, num_classes=5).eval(), model.default_cfg["input_size"][-1]
-    return model, 128
+    """The model, and the size of its images: the first that it can be made for and takes, or what it insists on."""
+    for size in (128, 112):
+        settings = {"img_size": size} if _can_be_made(name, img_size=size) else {}
+        model = timm.create_model(name, num_classes=5, **settings).eval()
+        if _takes(model, size):
+            return model, size
+    return timm.create_model(name, num_classes=5).eval(), model.default_cfg["input_size"][-1]
 
 
-def _takes_sizes(name: str) -> bool:
+def _can_be_made(name: str, **settings: int) -> bool:
     try:
         with torch.device("meta"):
-            timm.create_model(name, num_classes=5, img_size=128)
+            timm.create_model(name, num_classes=5, **settings)
     except (TypeError, AssertionError, RuntimeError, ValueError):
+        return False
+    return True
+
+
+def _takes(model: nn.Module, size: int) -> bool:
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, 3, size, size))
+    except (AssertionError, RuntimeError):
         return False
     return True
 
