@@ -69,7 +69,8 @@ def frozen_projection(layer: nn.Module, shape: tuple[int, ...], init: str) -> to
 def gain(layer: nn.Linear) -> torch.Tensor:
     """The root mean square of what `layer` puts out, for white input of variance 1: ``|W|_F / sqrt(outputs)``, a scalar."""
     weight = layer.weight.detach()
-    return weight.float().norm() / weight.shape[0] ** 0.5
+    dtype = torch.promote_types(weight.dtype, torch.float32)  # without a copy in it
+    return torch.linalg.vector_norm(weight, dtype=dtype) / weight.shape[0] ** 0.5
 
 
 def length_of_directions(first: nn.Module, last: nn.Module) -> torch.Tensor | float:
