@@ -353,7 +353,7 @@ def test_compiled_methods_start_as_eager_ones_and_are_compiled_each_for_itself()
     assert losses == {name: pytest.approx(losses["LoRA"], rel=1e-4) for name in losses}
     assert all(rows[name]["first_step_seconds"] > 20 * rows[name]["step_seconds"] for name in COMPILED)
     peaks = [rows[f"LoRA, compiled{share}"]["peak_bytes"] for share in ("", ", keeps half", ", keeps a fifth")]
-    assert peaks == sorted(peaks, reverse=True)  # on tiny models the budget may change nothing
+    assert min(peaks[1:]) < peaks[0]  # on tiny models the smaller budget may save less than the larger one
 
 
 def test_tables_and_plots_can_be_drawn(vit_rows, tmp_path):
