@@ -499,9 +499,11 @@ def plot(result: dict[str, Any], path: Path) -> None:
     from matplotlib.ticker import LogLocator, NullLocator
 
     datasets = list(dict.fromkeys(row["dataset"] for row in result["runs"] if row["split"] == "test"))
-    figure = Figure(figsize=(5 * len(datasets) + 2.5, 4.5), layout="constrained")
+    columns = min(3, len(datasets))
+    lines = -(-len(datasets) // columns)
+    figure = Figure(figsize=(5 * columns + 2.5, 4.5 * lines), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(datasets), squeeze=False)[0]
+    panels = figure.subplots(lines, columns, squeeze=False).flat
     for axes, dataset in zip(panels, datasets):
         for index, row in enumerate(result["memory"]):
             method = row["method"]
@@ -521,7 +523,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         axes.margins(x=0.1)
         axes.grid(alpha=0.3)
         axes.set(xlabel="kept for backward, MiB per image", ylabel="test accuracy, %", title=dataset)
-    handles = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels())}
+    handles = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels())}
     figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=8)
     figure.savefig(path, dpi=130)
 

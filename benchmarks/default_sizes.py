@@ -1,6 +1,6 @@
 """What S2A keeps for the backward pass beside full fine-tuning, on transformers' image classifiers at their default sizes.
 
-    python benchmarks/default_sizes.py               # all of them: about half an hour on one core
+    python benchmarks/default_sizes.py               # all of them: a few minutes on one idle core
     python benchmarks/default_sizes.py vit resnet    # some of them, the rest as recorded
 
 Nothing is computed: the steps run on fake tensors (`peft_s2a.estimate_memory`), whose bytes are those of real ones; only

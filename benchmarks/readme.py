@@ -390,9 +390,14 @@ def growth(data: Result) -> list[str]:
 TITLES_OF_WEIGHTS = {"dinov2-s": "DINOv2-small", "efficientnet-lite0": "EfficientNet-lite0 (ImageNet)"}
 
 
+def tested(data: Result) -> list[str]:
+    """The datasets of the runs that count."""
+    return list(dict.fromkeys(row["dataset"] for row in data["runs"] if row["split"] == "test"))
+
+
 def accuracy(data: Result, path: Path) -> list[str]:
     """Accuracy beside memory, and what quantisation costs."""
-    datasets = list(dict.fromkeys(row["dataset"] for row in data["runs"] if row["split"] == "test"))
+    datasets = tested(data)
     seeds = {row["seed"] for row in data["runs"] if row["split"] == "test"}
     rows = []
     for row in data["memory"]:
@@ -426,7 +431,7 @@ def accuracy(data: Result, path: Path) -> list[str]:
 
 def tasks(data: Result, path: Path) -> list[str]:
     """In a sentence: the mean accuracy over all tasks, and what is kept for it."""
-    datasets = list(dict.fromkeys(row["dataset"] for row in data["runs"] if row["split"] == "test"))
+    datasets = tested(data)
     kept = {row["method"]: row["saved_bytes_per_image"] / 2**10 for row in data["memory"]}
     found = {method: mean_accuracies(data, datasets, method) for method in kept}
     told = [

@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.utils import load_peft_weights
+from peft.utils import ModulesToSaveWrapper, load_peft_weights
 from torch import nn
 
 from peft_s2a import compat
 from peft_s2a.activations.wrap import restore_activations
 from peft_s2a.config import _S2ABaseConfig
 from peft_s2a.tuners.batch_norm import BatchNormLayer
-from peft_s2a.tuners.layer import S2ALayer
+from peft_s2a.tuners.layer import S2ALayer, aligned
 from peft_s2a.tuners.structures import PARAMETER_NAMES
 from peft_s2a.tuners.targets import find_task_heads
 
@@ -199,9 +199,23 @@ def _guard_transformers_load_adapter(load: Callable) -> Callable:
         heads = find_task_heads(self) if config.modules_to_save is None else config.modules_to_save
         check_tensors(tensors or {}, heads)
         with unchanged_on_failure(self):
-            return load(self, *args, **kwargs)
+            loaded = load(self, *args, **kwargs)
+        _align(self)
+        return loaded
 
     return load_adapter
+
+
+def _align(model: nn.Module) -> None:
+    """What transformers has put into a model as it lay in the file; see `aligned`."""
+    for module in model.modules():
+        parts: list[nn.Module] = []
+        if isinstance(module, S2ALayer):
+            parts = [getattr(module, name) for name in (*module.adapter_layer_names, *module.other_param_names)]
+        elif isinstance(module, ModulesToSaveWrapper):
+            parts = [module.modules_to_save]
+        for tensor in (tensor for part in parts for tensor in (*part.parameters(), *part.buffers())):
+            tensor.data = aligned(tensor.data)
 
 
 def _restoring_activations(delete: Callable) -> Callable:

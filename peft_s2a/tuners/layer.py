@@ -26,6 +26,16 @@ from torch import nn
 from peft_s2a.compat import remove_forward_hooks
 
 
+_ALIGNMENT = 64  # bytes, at which torch allocates
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor`, or a copy of it where torch itself would have put one: safetensors leaves tensors where they lie in a file,
+    and matrix products of such weights round otherwise than those of the model that was saved."""
+    is_apart = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.device.type == "cpu"
+    return tensor.clone() if is_apart and tensor.data_ptr() % _ALIGNMENT else tensor
+
+
 class S2ALayer(nn.Module, BaseTunerLayer):
     """Base class of the S2A layers.
 

@@ -32,14 +32,11 @@ from peft_s2a.registration import PREFIX
 from peft_s2a.tuners.batch_norm import BatchNormLayer, FrozenStatistics
 from peft_s2a.tuners.bias import BiasLayer
 from peft_s2a.tuners.ladder import LadderRung, LadderTop
-from peft_s2a.tuners.layer import AttachedLayer, S2ALayer
+from peft_s2a.tuners.layer import AttachedLayer, S2ALayer, aligned
 from peft_s2a.tuners.prompt import InputPromptLayer, PromptLayer
 from peft_s2a.tuners.side import DEFAULT_RANK, SideLayer
 from peft_s2a.tuners.structures import PARAMETER_NAMES
 from peft_s2a.tuners.targets import find_statistics, is_excluded, recorded_in, resolve_targets
-
-
-ALIGNMENT = 64  # bytes, at which torch allocates
 
 
 class S2AModel(BaseTuner):
@@ -465,11 +462,8 @@ class S2AModel(BaseTuner):
                 f"size mismatch for {len(wrong)} tensors of the adapter ({some(wrong)}): its configuration is not "
                 "the one that it was trained with. None of them was loaded."
             )
-        if local_metadata.get("assign_to_params_buffers"):
-            # With `low_cpu_mem_usage` they would stay where they lie in the file, and products of such weights round otherwise.
-            for key, tensor in state_dict.items():
-                if type(tensor) is torch.Tensor and tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
-                    state_dict[key] = tensor.clone()
+        if local_metadata.get("assign_to_params_buffers"):  # with `low_cpu_mem_usage`
+            state_dict.update({key: aligned(tensor) for key, tensor in state_dict.items()})
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
 

@@ -155,8 +155,8 @@ class _Checks:
                 continue
             found[structure] = {name: reason for reason, names in reasons.items() for name in names}
             told = [f"{', '.join(names)}: it {reason}" for reason, names in list(reasons.items())[:3]]
-            others = sum(map(len, reasons.values())) - sum(map(len, list(reasons.values())[:3]))
-            told += [f"{others} other modules, see `dropped_targets` of the configuration"] if others else []
+            if others := list(reasons.values())[3:]:
+                told.append(f"{sum(map(len, others))} other modules, see `dropped_targets` of the configuration")
             logger.warning("No %s on %s.", structure, "; on ".join(told))
         return found
 

@@ -285,3 +285,20 @@ class TestHostileConfigs:
             assert_untouched(model, before)
         assert not (tmp_path / "ran").exists()
         assert (bad / CONFIG).exists()
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("loader", ["peft", "transformers"])
+def test_tensors_lie_where_torch_would_have_put_them(loader, low_cpu_mem_usage, tmp_path):
+    """In a file they are 8 bytes apart, and matrix products of weights that lie anywhere round otherwise."""
+    get_peft_model(base_model(), make_config("s2a", random_start=True)).save_pretrained(tmp_path)
+    model = base_model()
+    if loader == "peft":
+        model = PeftModel.from_pretrained(model, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    else:
+        model.load_adapter(tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    own = [
+        tensor for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        if "s2a_" in name or "modules_to_save" in name
+    ]  # fmt: skip
+    assert own and all(tensor.data_ptr() % 64 == 0 for tensor in own)

@@ -281,6 +281,17 @@ void attention_backward(const T *grad, const long *grad_strides, const Coded &qu
     });
 }
 
+/* Prompts of all heads, [heads, prompts, size], as `product` reads them: columns, [heads, size, PAD16(prompts)], or rows, [heads,
+ * prompts, PAD16(size)]. Both are filled up with the zeros that `out` has. */
+static void in_columns(const float *x, long heads, long prompts, long size, float *out) {
+    for (long h = 0; h < heads; h++)
+        transpose(x + h * prompts * size, prompts, size, size, out + h * size * PAD16(prompts), PAD16(prompts));
+}
+
+static void in_rows(const float *x, long rows, long size, float *out) {
+    for (long j = 0; j < rows; j++) memcpy(out + j * PAD16(size), x + j * size, size * sizeof(float));
+}
+
 #define PROMPT_ROWS 96
 
 /* out[b, n, h, :] = attended + softmax(scale q key[h]^T) value[h], with q[b, h, n, :] at b * strides[0] + h * strides[1] +
@@ -292,11 +303,8 @@ void prompt_attention(const T *attended, const T *query, const long *strides, co
     long s = PAD16(prompts), ev = PAD16(value_dim);
     Room shared(heads * (dim * s + prompts * ev) * sizeof(float), true);
     float *keys = shared.floats(), *values = keys + heads * dim * s;
-    for (long h = 0; h < heads; h++) {
-        transpose(key + h * prompts * dim, prompts, dim, dim, keys + h * dim * s, s);
-        for (long j = 0; j < prompts; j++)
-            memcpy(values + (h * prompts + j) * ev, value + (h * prompts + j) * value_dim, value_dim * sizeof(float));
-    }
+    in_columns(key, heads, prompts, dim, keys);
+    in_rows(value, heads * prompts, value_dim, values);
     parallel(samples * heads, LARGE, [&](long begin, long end) {
         Room memory(PROMPT_ROWS * (dim + s + ev) * sizeof(float));
         float *q = memory.floats(), *p = q + PROMPT_ROWS * dim, *o = p + PROMPT_ROWS * s;
@@ -339,12 +347,9 @@ void prompt_attention_backward(const T *grad, const Coded &query, const float *k
     Room shared(heads * ((dim + value_dim) * s + prompts * e) * sizeof(float), true);
     float *key_columns = shared.floats(), *value_columns = key_columns + heads * dim * s;
     float *key_rows = value_columns + heads * value_dim * s;
-    for (long h = 0; h < heads; h++) {
-        transpose(key + h * prompts * dim, prompts, dim, dim, key_columns + h * dim * s, s);
-        transpose(value + h * prompts * value_dim, prompts, value_dim, value_dim, value_columns + h * value_dim * s, s);
-        for (long j = 0; j < prompts; j++)
-            memcpy(key_rows + (h * prompts + j) * e, key + (h * prompts + j) * dim, dim * sizeof(float));
-    }
+    in_columns(key, heads, prompts, dim, key_columns);
+    in_columns(value, heads, prompts, value_dim, value_columns);
+    in_rows(key, heads * prompts, dim, key_rows);
     parallel(samples * heads, LARGE, [&](long begin, long end) {
         long thread = thread_index();
         long size = PROMPT_ROWS * (2 * e + ev + 2 * s);
