@@ -16,10 +16,13 @@ inline float threshold_at(const int64_t *seed, uint32_t position) {
     return (float)(hash32(hash32(position + low) ^ high) >> 8) * 0x1p-24f;
 }
 
+/* Of the number of codes in a byte, 8 / bits: this runs for every row, where a division would take longer than packing it. */
+inline int log2_per_byte(int bits) { return 3 - __builtin_ctz(bits); }
+
 inline long packed_width(long count, int bits) {
     if (bits == 3) return packed_width(count, 2) + packed_width(count, 1);
-    long per_byte = 8 / bits;
-    return (count + per_byte - 1) / per_byte;
+    int log2 = log2_per_byte(bits);
+    return (count + (1 << log2) - 1) >> log2;
 }
 
 typedef uint16_t words8 __attribute__((vector_size(16), aligned(1))); /* sixteen bytes: codes do not cross them when shifted */
@@ -38,15 +41,16 @@ inline void pack_row(const uint8_t *codes, long count, int bits, uint8_t *out) {
             for (long j = 0, n = MIN(high, count - s * high); j < n; j++) out[low + j] |= (codes[s * high + j] >> 2) << s;
         return;
     }
-    long width = packed_width(count, bits), last = width - (8 * width / bits - count), j = 0; /* of the last plane */
+    int planes = 1 << log2_per_byte(bits);
+    long width = packed_width(count, bits), last = count - (planes - 1) * width, j = 0; /* of the last plane */
     for (; j + 16 <= last; j += 16) {
         words8 bytes = *(const words8 *)(codes + j);
-        for (int s = 1; s < 8 / bits; s++) bytes |= *(const words8 *)(codes + s * width + j) << s * bits;
+        for (int s = 1; s < planes; s++) bytes |= *(const words8 *)(codes + s * width + j) << s * bits;
         *(words8 *)(out + j) = bytes;
     }
     for (; j < width; j++) {
         out[j] = codes[j];
-        for (int s = 1; s < 8 / bits && s * width + j < count; s++) out[j] |= codes[s * width + j] << s * bits;
+        for (int s = 1; s < planes && s * width + j < count; s++) out[j] |= codes[s * width + j] << s * bits;
     }
 }
 

@@ -124,10 +124,22 @@ typedef float loose_floats __attribute__((vector_size(4 * LANES), aligned(4)));
 
 struct index16;
 
+/* A register at a time: GCC copies a struct in pieces of sixteen bytes, and a load of the register that was stored in pieces waits for
+ * the memory. */
+#define COPIED_BY_PART(type)                                                                                           \
+    __attribute__((always_inline)) type(const type &from) {                                                            \
+        for (int p = 0; p < PARTS; p++) part[p] = from.part[p];                                                        \
+    }                                                                                                                  \
+    __attribute__((always_inline)) type &operator=(const type &from) {                                                 \
+        for (int p = 0; p < PARTS; p++) part[p] = from.part[p];                                                        \
+        return *this;                                                                                                  \
+    }
+
 /* Sixteen numbers. A single number stands for sixteen equal ones. */
 struct alignas(64) vector16 {
     floats part[PARTS];
     vector16() = default;
+    COPIED_BY_PART(vector16)
     __attribute__((always_inline)) vector16(float x) {
         for (int p = 0; p < PARTS; p++) part[p] = (floats){} + x;
     }
@@ -140,6 +152,7 @@ struct alignas(64) vector16 {
 struct alignas(64) index16 {
     ints part[PARTS];
     index16() = default;
+    COPIED_BY_PART(index16)
     __attribute__((always_inline)) index16(int32_t x) {
         for (int p = 0; p < PARTS; p++) part[p] = (ints){} + x;
     }
