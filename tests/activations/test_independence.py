@@ -93,6 +93,9 @@ PROVED = {
     "index of dimensions far apart, whose numbers go to the front": (IMAGES, lambda x: x[:, IN_ORDER, :, IN_ORDER]),
     "index_select": (TOKENS, lambda x: x.index_select(1, PICKED)),
     "layer norm": (TOKENS, lambda x: F.layer_norm(x, (8,), W[0], W[1])),
+    "layer and layer norm of a class token": (
+        TOKENS, lambda x: torch.cat([F.layer_norm(W[:1].expand(x.shape[0], 1, 8) @ W, (8,)), x], 1),
+    ),
     "logsumexp": (TOKENS, lambda x: x.logsumexp((1, 2))),
     "max_pool2d": (IMAGES, lambda x: F.max_pool2d(x, 2)),
     "max": (TOKENS, lambda x: x.max(1).values),
@@ -130,6 +133,19 @@ REFUSED = {
     "a norm of all": (TOKENS, lambda x: x / torch.linalg.vector_norm(x), "sums up the batch"),
     "a number for each sample": (TOKENS, lambda x: x * W[: x.shape[0], 0, None, None], ""),
     "a sum of products": (FLAT, lambda x: x @ (x.t() @ x), "sums over the batch"),
+    "as many groups as samples": ((N, N, 2), lambda x: F.group_norm(x, x.shape[0]), ""),
+    "as many terms as samples": (FLAT, lambda x: x / x.new_ones(x.shape[0]).sum(), "number of samples"),
+    "as many terms of a product as samples": (
+        FLAT, lambda x: x * (x.new_ones(1, x.shape[0]) @ x.new_ones(x.shape[0], 1)), "number of samples",
+    ),
+    "as many terms of a product, and results, as samples": (
+        FLAT, lambda x: x * (x.new_ones(x.shape[0], x.shape[0]) @ x.new_ones(x.shape[0], x.shape[0]))[:, :1], "not the same for every sample",
+    ),
+    "as many tokens in a mask as in all samples": (TOKENS, lambda x: x / torch.ones(x.shape[:2]).sum(), "number of samples"),
+    "filled with the number of samples": (FLAT, lambda x: x / x.new_full((1,), x.shape[0]), "number of samples"),
+    "largest of what is repeated for every sample": (
+        FLAT, lambda x: x * W[0, :2].repeat(x.shape[0]).topk(2).values.sum(), "number of samples",
+    ),
     "attention over the batch": (IMAGES, lambda x: F.scaled_dot_product_attention(*[x.transpose(0, 2)] * 3), "batch"),
     "attention to what is shared": (
         IMAGES, lambda x: F.scaled_dot_product_attention(x, W[None, None].expand(N, 4, 8, 8), x), "shared",
@@ -201,6 +217,8 @@ CONSTANTS = [numbers(*shape, seed=10 + i) for i, shape in enumerate(
     [(N,), (1, N), (N, 1), (3,), (2, 3), (N, 3), (N, N), (3, 2), (2, N), (1, 2, 3), (3, N, 2), (N, 2, 3)]
 )]  # fmt: skip
 UNARY = {
+    "as many": lambda x, d, e, k: x.new_ones(k, x.shape[d]),
+    "as many filled": lambda x, d, e, k: x.new_full((k,), x.shape[d]),
     "amax": lambda x, d, e, k: x.amax(d),
     "argsort": lambda x, d, e, k: x.gather(d, x.argsort(d)),
     "chunk": lambda x, d, e, k: x.chunk(2, d)[-1],
@@ -229,6 +247,7 @@ UNARY = {
     "split": lambda x, d, e, k: torch.stack(x.split(1, d), e)[0 if k > 2 else -1],
     "squeeze": lambda x, d, e, k: x.squeeze() if k > 3 else x.squeeze(d),
     "sum": lambda x, d, e, k: x.sum((d, e)),
+    "sum of all": lambda x, d, e, k: x.sum(),
     "transpose": lambda x, d, e, k: x.transpose(d, e),
     "unbind": lambda x, d, e, k: x.unbind(d)[0],
     "unflatten": lambda x, d, e, k: x.unflatten(d, (-1, k)),

@@ -1,12 +1,20 @@
 """Plans compute what the function mode computes, bit for bit, and are used only while what they were made for holds."""
 
+import collections
 import copy
 import cProfile
+import functools
 import gc
+import itertools
 import logging
+import os
 import random
+import time
+import types
 from collections import Counter
 
+import families
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +22,7 @@ from families import FAMILIES, batch, build, logits
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PretrainedConfig
 
 from peft_s2a import ActivationQuantizationConfig, S2AConfig, quantize_activations, restore_activations
 from peft_s2a.activations.plans.run import Plan
@@ -383,9 +392,19 @@ class Capacity(Block):
         return x + h * (h[..., :1] >= best)
 
 
+class CountsSamples(Block):
+    def forward(self, x):
+        return x + self.mlp(x) / torch.ones(x.shape[:2]).sum()
+
+
+class DividesByAFill(Block):
+    def forward(self, x):
+        return x + self.mlp(x) / torch.full((1,), x.shape[0])
+
+
 MIXING = [
     BatchMean, BatchMeanOfMany, Flip, CumulativeSum, Roll, Count, Ranks, OpeningGate, Recurrent, Attending, LiveBatchNorm,
-    SamplePairs, Capacity,
+    SamplePairs, Capacity, CountsSamples, DividesByAFill,
 ]  # fmt: skip
 
 
@@ -517,15 +536,441 @@ def compare_with_stock(stock, quantized, x, **kwargs):
 
 
 class Flagged(Block):
+    factor = 1.0
+
     def __init__(self):
         super().__init__()
         self.flag, self.options = False, {"scale": 1.0}
 
     def forward(self, x):
-        h = self.mlp(x) * self.options["scale"]
+        h = self.mlp(x) * self.options["scale"] * self.factor
         if self.flag:
             h = h + h.mean(0, keepdim=True)
         return x + h if self.training else x - h
+
+
+class Temperature:
+    value = 1.0
+    steps = [1.0]
+
+
+class Inherits(Temperature):
+    pass
+
+
+def scaled(x):
+    return x * scaled.by
+
+
+scaled.by = 1.0
+constants = types.ModuleType("constants")
+constants.scale, constants.kind, constants.scaled = 1.0, Temperature, scaled
+
+
+class ReadsAClass(Block):
+    def forward(self, x):
+        return x + self.mlp(x) * Inherits.value
+
+
+class ReadsAModule(Block):
+    def forward(self, x):
+        return x + self.mlp(x) * constants.scale
+
+
+class ReadsAFunction(Block):
+    def forward(self, x):
+        return x + scaled(self.mlp(x))
+
+
+class CallsIntoAModule(Block):
+    def forward(self, x):
+        return x + constants.scaled(self.mlp(x))
+
+
+class ReadsAClassOfAModule(Block):
+    def forward(self, x):
+        return x + self.mlp(x) * constants.kind.value
+
+
+def reads_a_class_around_it():
+    around = Inherits
+
+    class ReadsAClassAroundIt(Block):
+        def forward(self, x):
+            return x + self.mlp(x) * around.value
+
+    return ReadsAClassAroundIt
+
+
+@pytest.mark.parametrize(
+    ("kind", "holder", "name", "value"),
+    [
+        (ReadsAClass, Temperature, "value", 2.0),
+        (ReadsAModule, constants, "scale", 2.0),
+        (ReadsAFunction, scaled, "by", 2.0),
+        (CallsIntoAModule, scaled, "by", 2.0),
+        (CallsIntoAModule, constants, "scaled", torch.sin),
+        (ReadsAClassOfAModule, Temperature, "value", 2.0),
+        (ReadsAClassOfAModule, constants, "kind", types.SimpleNamespace(value=2.0)),
+        (reads_a_class_around_it(), Temperature, "value", 2.0),
+    ],
+)
+def test_changes_of_what_classes_modules_and_functions_hold_are_noticed(kind, holder, name, value, runs, monkeypatch):
+    stock = network(kind)
+    quantized = quantize_activations(copy.deepcopy(stock), {"bits": 8, "mlp_tiles": 1})
+    for step in range(2):
+        compare_with_stock(stock, quantized, rows(seed=step))
+    assert runs[Plan] == 4
+    monkeypatch.setattr(holder, name, value)
+    for step in range(2):
+        compare_with_stock(stock, quantized, rows(seed=step))
+    monkeypatch.undo()
+    compare_with_stock(stock, quantized, rows())
+
+
+def test_what_a_class_holds_that_changes_in_place_keeps_a_module_from_plans(runs):
+    class ReadsAList(Block):
+        def forward(self, x):
+            return x + self.mlp(x) * Temperature.steps[-1]
+
+    stock = network(ReadsAList)
+    quantized = quantize_activations(copy.deepcopy(stock), {"bits": 8, "mlp_tiles": 1})
+    compare_with_stock(stock, quantized, rows())
+    Temperature.steps.append(2.0)
+    compare_with_stock(stock, quantized, rows())
+    Temperature.steps.pop()
+    assert not runs
+    assert "steps" in unplanned(quantized)["0"]
+
+
+def test_environment_variables_keep_a_module_from_plans(runs, monkeypatch):
+    class ReadsTheEnvironment(Block):
+        def forward(self, x):
+            return x + self.mlp(x) * float(os.environ.get("SCALE", "1"))
+
+    stock = network(ReadsTheEnvironment)
+    quantized = quantize_activations(copy.deepcopy(stock), {"bits": 8, "mlp_tiles": 1})
+    compare_with_stock(stock, quantized, rows())
+    monkeypatch.setenv("SCALE", "2")
+    compare_with_stock(stock, quantized, rows())
+    assert not runs
+
+
+def test_a_module_of_an_enclosing_function_keeps_one_from_plans(runs):
+    outside = Flagged()
+
+    class LooksOutside(Block):
+        def forward(self, x):
+            return x + self.mlp(x) * (2.0 if outside.flag else 1.0)
+
+    stock = network(LooksOutside)
+    quantized = quantize_activations(copy.deepcopy(stock), {"bits": 8, "mlp_tiles": 1})
+    compare_with_stock(stock, quantized, rows())
+    outside.flag = True
+    compare_with_stock(stock, quantized, rows())
+    assert not runs
+
+
+class ReadsByAComputedName(Block):
+    def forward(self, x):
+        for i in range(2):
+            x = x + self.mlp(x) * getattr(self, f"scale_{i}")
+        return x
+
+
+class ReadsByAnothersName(Block):
+    def forward(self, x):
+        for name in ("scale_0", "scale_1"):
+            x = x + self.mlp(x) * getattr(self, name, 1.0)
+        return x
+
+
+class ReadsAllOfIt(Block):
+    def forward(self, x):
+        for name, value in vars(self).items():
+            x = x + self.mlp(x) * value if name.startswith("scale") else x
+        return x
+
+
+@pytest.mark.parametrize("kind", [ReadsByAComputedName, ReadsByAnothersName, ReadsAllOfIt])
+def test_blocks_that_differ_in_attributes_of_computed_names_share_no_plan(kind, runs):
+    stock = network(kind)
+    for i, block in enumerate(stock):
+        block.scale_0, block.scale_1 = 0.5 + i, 1.5 - i
+    quantized = quantize_activations(copy.deepcopy(stock), {"bits": 8, "mlp_tiles": 1})
+    for step in range(3):
+        compare_with_stock(stock, quantized, rows(seed=step))
+    assert runs[Plan]
+
+
+def test_blocks_that_differ_in_what_they_do_not_read_share_a_plan(runs):
+    class AsksByName(Block):
+        def forward(self, x):
+            return x + self.mlp(x) * getattr(self, "scale", 2.0) if hasattr(self, "norm") else x
+
+    stock = network(AsksByName, depth=4)
+    for i, block in enumerate(stock):
+        block.serial_number = i
+    quantized = quantize_activations(copy.deepcopy(stock), {"bits": 8, "mlp_tiles": 1})
+    for step in range(2):
+        compare_with_stock(stock, quantized, rows(seed=step))
+    assert len({id(plan) for plan in plans(quantized)}) == 2  # the first block's argument needs no gradient
+
+
+class Reversed(torch.autograd.Function):
+    """Gradient reversal (Ganin et al. 2016), with a strength that a schedule changes."""
+
+    strength = 1.0
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return -Reversed.strength * gradient
+
+
+class Reverses(Block):
+    def forward(self, x):
+        return x + Reversed.apply(self.mlp(x))
+
+
+class ScalesGradients(Block):
+    def __init__(self):
+        super().__init__()
+        self.by = 1.0
+
+    def forward(self, x):
+        h = self.mlp(x)
+        h.register_hook(lambda gradient: gradient * self.by)
+        return x + h
+
+
+def test_what_code_of_the_backward_pass_reads_is_noticed(runs, monkeypatch):
+    stock = network(Reverses)
+    quantized = quantize_activations(copy.deepcopy(stock), {"bits": 8, "mlp_tiles": 1})
+    for strength in (1.0, 1.0, 0.25, 0.25):
+        monkeypatch.setattr(Reversed, "strength", strength)
+        compare_with_stock(stock, quantized, rows())
+    assert runs[Plan]
+
+
+def test_hooks_of_a_block_on_its_own_gradients_are_its_own(runs):
+    stock = network(ScalesGradients, depth=3)
+    quantized = quantize_activations(copy.deepcopy(stock), {"bits": 8, "mlp_tiles": 1})
+    for step in range(4):
+        for model in (stock, quantized):
+            for i, block in enumerate(model):
+                block.by = 0.5 + i * (step // 2)
+        compare_with_stock(stock, quantized, rows(seed=step))
+
+
+HIDDEN = {
+    "an iterator": (itertools.count, lambda count: next(count) % 2 == 0),
+    "a generator of NumPy's": (lambda: np.random.default_rng(0), lambda generator: generator.random() < 0.5),
+    "a generator of Python's": (lambda: random.Random(0), lambda generator: generator.random() < 0.5),
+    "an array": (lambda: np.zeros(1), lambda array: array.__iadd__(1)[0] % 2 == 0),
+    "a queue": (collections.deque, lambda queue: queue.append(0) or len(queue) % 2 == 0),
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_what_changes_out_of_sight_keeps_a_module_from_plans(name, runs):
+    make, decide = HIDDEN[name]
+
+    class Decides(Block):
+        def __init__(self):
+            super().__init__()
+            self.state = make()
+
+        def forward(self, x):
+            return x + self.mlp(x) if decide(self.state) else x - self.mlp(x)
+
+    stock = network(Decides)
+    quantized = quantize_activations(copy.deepcopy(stock), {"bits": 8, "mlp_tiles": 1})
+    for step in range(8):
+        x = rows(seed=step, requires_grad=True)
+        torch.testing.assert_close(quantized(x), stock(x), rtol=1e-4, atol=1e-5)
+    assert not runs
+
+
+class Gain:
+    by = 1.0
+
+    def __call__(self, x):
+        return x * self.by
+
+
+class NestedConfig(PretrainedConfig):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.vision_config = PretrainedConfig()
+        self.vision_config.by = 1.0
+
+
+class CallsAnObject(Block):
+    def __init__(self):
+        super().__init__()
+        self.gain, self.partly, self.config = Gain(), functools.partial(torch.mul, other=1.0), NestedConfig()
+
+    def forward(self, x):
+        return x + self.partly(self.gain(self.mlp(x))) * self.config.vision_config.by
+
+
+def set_keyword(model):
+    model[0].partly.keywords["other"] = 2.0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: setattr(Gain, "by", 2.0),
+        lambda model: setattr(model[0].gain, "by", 2.0),
+        lambda model: setattr(model[0].config.vision_config, "by", 2.0),
+        set_keyword,
+    ],
+)
+def test_changes_inside_of_what_modules_hold_are_noticed(change, runs):
+    stock = network(CallsAnObject)
+    quantized = quantize_activations(copy.deepcopy(stock), {"bits": 8, "mlp_tiles": 1})
+    try:
+        for step in range(2):
+            compare_with_stock(stock, quantized, rows(seed=step))
+        assert runs[Plan]
+        change(stock), change(quantized)
+        for step in range(2):
+            compare_with_stock(stock, quantized, rows(seed=step))
+    finally:
+        Gain.by = 1.0
+
+
+def test_a_default_argument_that_changes_in_place_keeps_a_module_from_plans(runs):
+    class Alternates(Block):
+        def forward(self, x, calls=[0]):  # noqa: B006
+            calls[0] += 1
+            return x + self.mlp(x) if calls[0] % 4 < 2 else x
+
+    blocks = nn.ModuleList([Alternates(), Alternates()])
+    quantized = quantize_activations(copy.deepcopy(blocks), {"bits": 8, "mlp_tiles": 1})
+    for step in range(8):
+        outputs = []
+        for block in (quantized[0], blocks[0]):
+            Alternates.forward.__defaults__[0][0] = step
+            outputs.append(block(rows(requires_grad=True)))
+        torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+    assert not runs
+
+
+def test_prints_and_clocks_keep_a_module_from_plans(runs, capsys):
+    class Prints(Block):
+        def forward(self, x):
+            start = time.perf_counter()
+            h = self.mlp(x)
+            print("seconds", time.perf_counter() - start)
+            return x + h
+
+    quantized = quantize_activations(network(Prints), {"bits": 8, "mlp_tiles": 1})
+    for _ in range(3):
+        results(quantized, rows())
+    assert capsys.readouterr().out.count("seconds") == 6
+    assert not runs
+
+
+def test_prints_that_are_not_reached_do_not(runs):
+    class MayPrint(Block):
+        def forward(self, x):
+            if x.dim() > 3:
+                print("images")
+            return x + self.mlp(x)
+
+    quantized = quantize_activations(network(MayPrint), {"bits": 8, "mlp_tiles": 1})
+    results(quantized, rows())
+    assert runs[Plan]
+
+
+def test_imports_while_it_runs_keep_a_module_from_plans(runs):
+    class Imports(Block):
+        def forward(self, x):
+            from families import SIZE_OF_NOTHING as by
+
+            return x + self.mlp(x) * by
+
+    families.SIZE_OF_NOTHING = 1.0
+    stock = network(Imports)
+    quantized = quantize_activations(copy.deepcopy(stock), {"bits": 8, "mlp_tiles": 1})
+    compare_with_stock(stock, quantized, rows())
+    families.SIZE_OF_NOTHING = 2.0
+    compare_with_stock(stock, quantized, rows())
+    del families.SIZE_OF_NOTHING
+    assert not runs
+
+
+def test_a_generator_of_the_modules_own_draws_what_it_would(runs):
+    class Drops(Block):
+        def __init__(self):
+            super().__init__()
+            self.generator = torch.Generator().manual_seed(0)
+
+        def forward(self, x):
+            return x + self.mlp(x) * torch.empty(len(x), 1, 1).bernoulli_(0.5, generator=self.generator)
+
+    stock, quantized = network(Drops), quantize_activations(network(Drops), {"bits": 8, "mlp_tiles": 2})
+    for step in range(4):
+        compare_with_stock(stock, quantized, rows(seed=step))
+
+
+def test_what_a_module_makes_for_its_caller_is_new_at_every_call():
+    class Note:
+        def __init__(self, count):
+            self.count = count
+
+    class Notes(Block):
+        def forward(self, x):
+            return x + self.mlp(x), Note(len(x))
+
+    block = quantize_activations(nn.ModuleList([Notes(), Notes()]), {"bits": 8, "mlp_tiles": 1})[0]
+    notes = [block(rows(requires_grad=True))[1] for _ in range(4)]
+    assert len(set(map(id, notes))) == 4
+
+
+class ComparesItsArguments(Block):
+    def forward(self, x, y, z=None):
+        h = self.mlp(x)
+        if z is not None:
+            h = h + (2.0 if z is y else 3.0) * z
+        return x + (h if x is y else h + self.mlp(y))
+
+
+def test_whether_arguments_are_the_same_tensor_is_noticed(runs):
+    stock = nn.ModuleList([ComparesItsArguments() for _ in range(2)])
+    quantized = quantize_activations(copy.deepcopy(stock), {"bits": 8, "mlp_tiles": 1})
+    x, y, z = (rows(seed=seed, requires_grad=True) for seed in range(3))
+    calls = [(x, x), (x, y), (x, y, y), (x, x, y), (x, y, z), (x, x, x), (y, y)]
+    for one, other in zip(stock, quantized):
+        for _ in range(2):
+            for args in calls:
+                torch.testing.assert_close(other(*args), one(*args), rtol=1e-4, atol=1e-5)
+    assert runs[Plan]
+
+
+class Doubled(torch.Tensor):
+    """Its GELU is another."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        result = super().__torch_function__(function, types, args, kwargs)
+        return result * 2 if function is F.gelu else result
+
+
+def test_a_tensor_with_functions_of_its_own_keeps_them(runs):
+    stock = network()
+    quantized = quantize_activations(copy.deepcopy(stock), {"bits": 8, "mlp_tiles": 1})
+    for _ in range(2):
+        compare_with_stock(stock, quantized, rows())
+        x = rows().as_subclass(Doubled)
+        torch.testing.assert_close(quantized(x).as_subclass(torch.Tensor), stock(x).as_subclass(torch.Tensor))
+    assert (stock(x).as_subclass(torch.Tensor) - stock(rows())).abs().max() > 0.1
 
 
 class TestWhatHeldNoLongerDoes:
@@ -548,6 +993,9 @@ class TestWhatHeldNoLongerDoes:
 
     def test_a_dict(self, pair):
         self.change(pair, lambda model: model[0].options.update(scale=3.0))
+
+    def test_an_attribute_of_its_class(self, pair, monkeypatch):
+        self.change(pair, lambda model: monkeypatch.setattr(Flagged, "factor", 3.0))
 
     def test_train_and_eval(self, pair):
         self.change(pair, lambda model: model.eval())

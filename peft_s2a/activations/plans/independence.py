@@ -378,7 +378,7 @@ def _reduce(proof, node, x, dim=None, *args, **kwargs):
     packet = node.target.overloadpacket
     dims = value(x).dim()
     if dim is None or dim == [] or isinstance(dim, (bool, fx.Node)):
-        if proof.samples(x):
+        if proof.samples(*node.all_input_nodes):
             raise Dependent(f"{packet} sums up the batch")
         return Shared()
     gone = {d % dims for d in ([dim] if isinstance(dim, int) else dim)}
@@ -404,8 +404,19 @@ def _mm(proof, node, a, b):
     if isinstance(one, Shared) and isinstance(other, Samples) and other.dim == 1:
         return Samples(1, other.rows)
     if isinstance(one, Shared) and isinstance(other, Shared):
-        return Shared({d: s.periods[d] for d, s in ((0, one), (1, other)) if d in s.periods})
+        return _product(one, other, 2)
     raise Dependent("a product sums over the batch")
+
+
+def _product(one: Shared, other: Shared, dims: int) -> Shared:
+    """The state of a product of matrices, one or, with three dimensions, several of them."""
+    rows, columns = dims - 2, dims - 1
+    if columns in one.periods and rows in other.periods:  # a sum whose length may go by the batch
+        return Shared()
+    periods = {d: s.periods[d] for d, s in ((rows, one), (columns, other)) if d in s.periods}
+    if dims == 3 and 0 in one.periods and 0 in other.periods:
+        periods[0] = math.lcm(one.periods[0], other.periods[0])
+    return Shared(periods)
 
 
 @_rule(aten.addmm)
@@ -417,7 +428,7 @@ def _addmm(proof, node, added, a, b, **kwargs):
 def _bmm(proof, node, a, b):
     one, other = proof.of(a), proof.of(b)
     if isinstance(one, Shared) and isinstance(other, Shared):
-        return Shared()
+        return _product(one, other, 3)
     batch = [s for s in (one, other) if isinstance(s, Samples) and s.dim == 0]
     if batch:
         if len({s.rows for s in batch}) > 1 or any(isinstance(s, Samples) and s.dim for s in (one, other)):

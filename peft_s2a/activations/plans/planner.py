@@ -6,7 +6,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -29,7 +29,7 @@ from .graph import simplify, split
 from .independence import Dependent
 from .run import Plan
 from .tiles import TiledPlan, batched_arguments, kept_bytes, passed_bytes, sizes_of, tiled_plan, tiles_for, working_set
-from .trace import Joint, Untraceable, trace, without_graph
+from .trace import UNOBSERVED, Joint, Untraceable, trace, without_graph
 from .watch import Observation, Watch, is_observed_globally, is_profiled
 
 
@@ -39,6 +39,7 @@ _OBSERVATIONS = 3  # that may set up attributes
 # Bytes for the working set of one tile: enough for its operators to have work to do, small beside the codes that are kept.
 _ROOM = {"cpu": 8 * 2**20}
 _DEFAULT_ROOM = 8 * 2**24
+_TENSORS = (Tensor, nn.Parameter, nn.Buffer)  # other kinds may have functions of their own
 _DISCARDED = object()
 _lock = threading.RLock()
 _observations = itertools.count(1)
@@ -72,7 +73,7 @@ class Entry:
 
     Attributes:
         signature: equal for these modules.
-        read: names of the attributes that their code reads.
+        read: names of the attributes that their code reads; None: any.
         globals: (namespace, name, value) of the globals that it reads.
         plan: None until it is made; a text where it cannot be made, the reason.
         joint: the recorded call.
@@ -84,7 +85,7 @@ class Entry:
     """
 
     signature: Any
-    read: set[str]
+    read: set[str] | None
     globals: list[tuple[dict[str, Any], str, Any]]
     plan: Plan | str | None = None
     joint: Joint | None = None
@@ -171,6 +172,7 @@ class Planner:
             if entry is not None and entry.holds() and (plan := self._chosen.get(key)) is not None:
                 return plan(leaves, watch.tensors)
             if entry is None or not entry.holds():
+                self._chosen.pop(key, None)  # it was made for another entry
                 if not any(isinstance(x, Tensor) and x.requires_grad for x in (*leaves, *watch.tensors)):
                     return whole(*args, **kwargs)
                 entry = self._find(module, key)
@@ -181,6 +183,8 @@ class Planner:
                         return result
             with compat.without_function_modes():
                 if entry.plan is None:
+                    if is_profiled():
+                        raise Untraceable("a profiler follows its code")
                     self._make(entry, whole, args, kwargs, leaves)
                 if isinstance(entry.plan, str):
                     raise Untraceable(entry.plan)
@@ -238,7 +242,7 @@ class Planner:
         after: list[Any] = []
         _describe(args, after), _describe(kwargs, after)
         try:
-            entry.globals = observation.globals()
+            entry.globals = observation.globals(watch)
             if len(after) != len(leaves) or any(one is not other for one, other in zip(after, leaves)):
                 raise Untraceable("it changes a list or dict among its arguments")
         except Untraceable as error:
@@ -262,7 +266,11 @@ class Planner:
             try:
                 if len(flat) != len(leaves) or any(one is not other for one, other in zip(flat, leaves)):
                     raise Untraceable("its arguments are of types that cannot be told apart")
-                joint = self._recorded(whole, flat, spec)
+                backward_pass = Observation()
+                joint = self._recorded(whole, flat, spec, backward_pass=backward_pass)
+                entry.globals += backward_pass.globals(self._watch)
+                if backward_pass.is_of_somebody:  # which may read any attribute
+                    entry.read, entry.signature = None, (self.settings, self._watch.signature(None))
                 halves = split(joint)
                 entry.plan, entry.joint = Plan.of(joint, halves), joint
                 entry.kept, entry.passed = kept_bytes(halves), passed_bytes(joint)
@@ -275,8 +283,15 @@ class Planner:
                 entry.plan = f"no plan could be made of the recording ({type(error).__name__}: {error})"
             logger.debug("Recorded a plan in %.2f s.", time.perf_counter() - start)
 
-    def _recorded(self, whole: Callable[..., Any], flat: Sequence[Any], spec: Any, sizes: Sequence[Any] = ()) -> Joint:
-        joint = trace(whole, flat, spec, self._watch.tensors, sizes)
+    def _recorded(
+        self,
+        whole: Callable[..., Any],
+        flat: Sequence[Any],
+        spec: Any,
+        sizes: Sequence[Any] = (),
+        backward_pass: AbstractContextManager = UNOBSERVED,
+    ) -> Joint:
+        joint = trace(whole, flat, spec, self._watch.tensors, sizes, backward_pass)
         if not self._watch.holds():
             raise Untraceable("it changes attributes of its modules while it runs")
         if joint.foreign and self._watch.reaches_outside:
@@ -374,8 +389,9 @@ def _describe(x: Any, leaves: list[Any]) -> Any:
     if kind is dict:
         return tuple([(name, _describe(item, leaves)) for name, item in x.items()])
     leaves.append(x)
-    if isinstance(x, Tensor):
-        return x.shape, x.stride(), x.dtype, x.device, x.requires_grad, x.is_leaf
+    if kind in _TENSORS or compat.is_fake(x):
+        place = next(i for i, leaf in enumerate(leaves) if leaf is x)  # whether it was there before: code may ask
+        return place, x.shape, x.stride(), x.dtype, x.device, x.requires_grad, x.is_leaf
     if x is None or kind in (bool, int, float, str, torch.dtype, torch.device):
         return kind, x
     raise Untraceable(f"an argument is a {kind.__name__}")

@@ -8,6 +8,7 @@ graph for fewer samples is the same program is checked operator by operator.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -22,10 +23,16 @@ from .run import Plan
 from .trace import TENSOR, Joint, aten
 
 
-_SHAPES = {  # operators whose numbers are sizes
-    aten.view, aten._unsafe_view, aten.expand, aten.repeat, aten.zeros, aten.ones, aten.full, aten.empty, aten.new_zeros,
-    aten.new_ones, aten.new_full, aten.new_empty, aten.rand, aten.randn, aten.empty_strided, aten.new_empty_strided,
-    aten.native_group_norm, aten.clone, aten._reshape_alias, aten.as_strided,
+# Which arguments of operators are sizes. Others, such as what a tensor is filled with, are the same for any number of samples.
+_SIZES = {
+    **dict.fromkeys((aten.zeros, aten.ones, aten.full, aten.empty, aten.rand, aten.randn), (0,)),
+    **dict.fromkeys(
+        (aten.view, aten._unsafe_view, aten.expand, aten.repeat, aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty),
+        (1,),
+    ),
+    aten.empty_strided: (0, 1),
+    **dict.fromkeys((aten._reshape_alias, aten.new_empty_strided), (1, 2)),
+    aten.native_group_norm: (3,),
 }  # fmt: skip
 _DRAWS = {aten.rand.default, aten.bernoulli_.float}
 
@@ -63,7 +70,8 @@ def prove(joint: Joint) -> dict[fx.Node, Any]:
 
 def check_same_program(whole: Joint, tile: Joint, states: dict[fx.Node, Any], count: int, size: int) -> None:
     """That the results of a call recorded with ``size`` samples are computed as those with ``count`` are, whose ``states``
-    were proved: with fewer entries there where the samples are, and nowhere else.
+    were proved: with fewer entries there where the samples are, and nowhere else. What is shared has the same entries,
+    more or less often; how often must not be seen in a number.
 
     Raises:
         Dependent: if an operator, or a number that is not a size, differs.
@@ -98,14 +106,36 @@ def check_same_program(whole: Joint, tile: Joint, states: dict[fx.Node, Any], co
             for d, (m, n) in enumerate(zip(like.shape, x.shape))
         )
 
-    same = len(one) == len(other) and all(
-        a.op == b.op
-        and (a.op == "placeholder" or a.target == b.target or a.op == "get_attr")
-        and agree(a.args, b.args, getattr(a.target, "overloadpacket", None) in _SHAPES)
-        and agree(a.kwargs, b.kwargs, False)
-        and (a.op != "get_attr" or a.meta["constant"] is b.meta["constant"])
-        and fits(a, b)
-        for a, b in zip(one, other)
+    def same_arguments(a: fx.Node, b: fx.Node) -> bool:
+        sizes = _SIZES.get(getattr(a.target, "overloadpacket", None), ())
+        return len(a.args) == len(b.args) and all(
+            agree(x, y, i in sizes) for i, (x, y) in enumerate(zip(a.args, b.args))
+        )
+
+    def growth(node: fx.Node) -> Fraction:
+        """How many more entries there are with all samples; of a tuple, in its first tensor."""
+        all_of_it, part = (x if isinstance(x, Tensor) else x[0] for x in (value(node), value(other[place[node]])))
+        return Fraction(all_of_it.numel(), part.numel() or 1)
+
+    def grows_with_operands(node: fx.Node) -> bool:
+        """A result that grew less than something shared that it is made of is a sum over it, or picks from it."""
+        operands = [o for o in node.all_input_nodes if isinstance(value(o), Tensor)]
+        if node.op != "call_function" or any(isinstance(states.get(o), Samples) for o in operands):
+            return True
+        return all(growth(o) in (1, growth(node)) for o in operands)
+
+    same = (
+        len(one) == len(other)
+        and all(
+            a.op == b.op
+            and (a.op == "placeholder" or a.target == b.target or a.op == "get_attr")
+            and same_arguments(a, b)
+            and agree(a.kwargs, b.kwargs, False)
+            and (a.op != "get_attr" or a.meta["constant"] is b.meta["constant"])
+            and fits(a, b)
+            for a, b in zip(one, other)
+        )
+        and all(map(grows_with_operands, one))
     )
     if not same or whole.slots != tile.slots or whole.wanted != tile.wanted:
         raise Dependent("what it computes depends on the number of samples")

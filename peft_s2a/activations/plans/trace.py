@@ -4,9 +4,11 @@ The call runs once on fake tensors (shapes and no values) under a `Recorder`, wi
 halves are split where the forward pass ended, so what they hand over is what autograd would have kept.
 """
 
+import enum
 import re
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -36,6 +38,10 @@ _state = threading.local()
 def is_recording() -> bool:
     """Whether the calling thread is recording a call."""
     return getattr(_state, "recording", False)
+
+
+UNOBSERVED = nullcontext()
+PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, torch.memory_format)
 
 
 @dataclass
@@ -83,18 +89,21 @@ def trace(
     spec: Any,
     tensors: Sequence[Tensor],
     sizes: Sequence[Sequence[int] | None] = (),
+    backward_pass: AbstractContextManager = UNOBSERVED,
 ) -> Joint:
     """Record ``function`` called with the arguments that ``leaves`` and ``spec`` (pytree) make.
 
     Args:
         tensors: the parameters and buffers that ``function`` may read; parameters of others are refused.
         sizes: for every leaf, another shape to record it with, or None for its own.
+        backward_pass: entered for the backward pass, all of which runs in this thread.
 
     Raises:
         Untraceable: if the call asks for values, changes its arguments, keeps a tensor somewhere, or reads one that is
             none of its own.
     """
     positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    first = {i: next(j for j in positions if leaves[j] is leaves[i]) for i in positions}
     if not positions:
         raise Untraceable("none of its arguments is a tensor")
     index_of = {id(t): i for i, t in enumerate(tensors)}
@@ -111,12 +120,17 @@ def trace(
         for i, x in zip(positions, fakes):
             # operators tell parameters from activations by whether they are leaves
             entered[i] = x.view_as(x) if x.requires_grad and not leaves[i].is_leaf else x
+        for i, j in first.items():  # code may ask whether two of them are one
+            entered[i] = entered[j]
         args, kwargs = tree_unflatten(entered, spec)
         results, record["spec"] = tree_flatten(function(*args, **kwargs))
         after, _ = tree_flatten((args, kwargs))
         if len(after) != len(entered) or any(one is not other for one, other in zip(after, entered)):
             raise Untraceable("it changes a list or dict among its arguments")
         record["outputs"] = [TENSOR if isinstance(r, Tensor) else r for r in results]
+        for r in results:  # a plan returns the very same at every call
+            if not (type(r) in PLAIN or isinstance(r, (Tensor, enum.Enum))):
+                raise Untraceable(f"it returns a {type(r).__name__}")
         results = [r for r in results if isinstance(r, Tensor)]
         record["differentiable"] = [i for i, r in enumerate(results) if r.requires_grad]
         through = [results[i] for i in record["differentiable"]]
@@ -126,7 +140,8 @@ def trace(
         tangents = [torch.empty_like(r) for r in through]
         recorder.phase = "backward"
         if through and inputs:
-            grads = torch.autograd.grad(through, inputs, tangents, allow_unused=True)
+            with torch.autograd.set_multithreading_enabled(False), backward_pass:
+                grads = torch.autograd.grad(through, inputs, tangents, allow_unused=True)
         return [*results, *grads]
 
     # small constants are computed with while they are recorded: counters of batches would count this run

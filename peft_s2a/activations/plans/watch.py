@@ -5,16 +5,23 @@ which parameters are trained) is written down here and compared before every use
 refused, and so is code that leaves anything behind. A `Watch` costs some tens of microseconds a call.
 """
 
+import collections
+import datetime
 import dis
 import enum
 import functools
 import gc
+import inspect
 import itertools
 import operator
+import pathlib
 import random
+import re
 import sys
+import time
 import types
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,23 +29,21 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from ... import compat
-from .trace import Untraceable
+from .trace import PLAIN, Untraceable
 
 
-_PLAIN = (
-    type(None),
-    bool,
-    int,
-    float,
-    complex,
-    str,
-    bytes,
-    torch.dtype,
-    torch.device,
-    torch.Size,
-    torch.memory_format,
-)
 _CODE = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType, types.MethodDescriptorType)
+_DESCRIPTORS = (property, staticmethod, classmethod, types.MemberDescriptorType, types.GetSetDescriptorType)
+# Objects of libraries' that cannot change although they have no attributes
+_SETTLED = (
+    range, slice, type(...), type(NotImplemented), re.Pattern, pathlib.PurePath, weakref.ReferenceType, inspect.Signature,
+    torch.layout, torch.finfo, torch.iinfo, types.GenericAlias, types.UnionType,
+)  # fmt: skip
+_OUTWARD = {  # what somebody's code calls for an effect, or an answer, that a plan would not have
+    print, open, input, exec, eval, globals, locals, __import__, datetime.datetime.now, datetime.datetime.utcnow,
+    *(function for name, function in vars(time).items() if isinstance(function, types.BuiltinFunctionType)),
+}  # fmt: skip
+_CONTAINERS = (list, tuple, dict, set, frozenset, collections.deque, types.MappingProxyType)
 # Libraries whose code keeps nothing outside of the modules it runs in.
 _TRUSTED = (
     "torch", "transformers", "peft", "timm", "diffusers", "torchvision", "accelerate", "numpy", "peft_s2a", "sympy", "mpmath",
@@ -74,6 +79,7 @@ class Watch:
 
     Attributes:
         tensors: the parameters and buffers, each once.
+        kinds: the classes of the modules, and what these inherit from.
         reaches_outside: whether an attribute that is no library's refers to a module outside.
 
     Raises:
@@ -119,15 +125,11 @@ class Watch:
         self._types = list(map(type, self.modules))
         self._training = [module.training for module in self.modules]
         self._hook_lists = [(state, tuple(state)) for state in self._filled if type(state).__name__ == "OrderedDict"]
-        kinds = list(dict.fromkeys(base for own in self._types for base in own.__mro__))
+        self.kinds = kinds = list(dict.fromkeys(base for own in self._types for base in own.__mro__))
         self._kinds = [kind for kind in kinds if "forward" in vars(kind)]
         self._forwards = list(map(_FORWARD, self._kinds))
         for kind in kinds:
-            if not _is_trusted(kind.__module__):
-                self._containers.append((vars(kind), _copy(vars(kind))))
-                for name, thing in vars(kind).items():
-                    if isinstance(thing, (list, dict, set)) and not name.startswith("__"):
-                        self._watch(thing, f"{kind.__name__}.{name}", 1)
+            self._watch_class(kind)
         self._flat_attributes = [list(column) for column in zip(*self._attributes)] or [[], [], []]
         copies = [before for _, before in self._containers]
         mappings = [before for before in copies if isinstance(before, dict)]
@@ -139,6 +141,10 @@ class Watch:
             list(itertools.chain.from_iterable(map(_VALUES, mappings))),
         )
         self._likes = _likes(self.tensors)
+
+    def covers(self, thing: Any) -> bool:
+        """Whether changes of a module or class are noticed here."""
+        return id(thing) in self._inside or any(thing is kind for kind in self.kinds)
 
     def _read(self) -> list[Tensor]:
         return [holder[name] for holder, name in self._slots]
@@ -162,6 +168,16 @@ class Watch:
         for part in inside:
             self._watch_tensor(tensor.__dict__, part, slots)
 
+    def _watch_class(self, kind: type) -> None:
+        """Write down what a class of somebody's holds for its objects."""
+        if _is_trusted(kind.__module__) or id(kind) in self._seen:
+            return
+        self._seen.add(id(kind))
+        self._containers.append((vars(kind), _copy(vars(kind))))
+        for name, thing in vars(kind).items():
+            if isinstance(thing, _CONTAINERS) and not name.startswith("__"):
+                self._watch(thing, f"{kind.__name__}.{name}", 1)
+
     def _check_tensor(self, tensor: Tensor) -> None:
         if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer) and not compat.is_fake(tensor):
             raise Untraceable(f"it holds a {type(tensor).__name__}")
@@ -169,7 +185,7 @@ class Watch:
     def _watch_attributes(self, module: nn.Module, state: dict[str, Any]) -> None:
         self._holder_is_users = not _is_trusted(type(module).__module__)
         names = [name for name in state if name not in _OWN]
-        plain = [name for name in names if type(state[name]) in _PLAIN or isinstance(state[name], (*_CODE, enum.Enum))]
+        plain = [name for name in names if type(state[name]) in PLAIN or isinstance(state[name], (*_CODE, enum.Enum))]
         if "forward" in names:
             raise Untraceable(f"the forward method of its {type(module).__name__} was replaced")
         for name in names:
@@ -182,30 +198,36 @@ class Watch:
         if isinstance(thing, nn.Module):
             self.reaches_outside |= self._holder_is_users and id(thing) not in self._inside
             return
-        if type(thing) in _PLAIN or isinstance(thing, (*_CODE, enum.Enum)) or id(thing) in self._seen:
+        if type(thing) in PLAIN or isinstance(thing, (*_CODE, enum.Enum)) or id(thing) in self._seen:
             return
         self._seen.add(id(thing))
         if isinstance(thing, types.MethodType):
             return self._watch(thing.__self__, where, depth)
         if isinstance(thing, functools.partial):
-            return self._watch([thing.func, *thing.args, *thing.keywords.values()], where, depth)
+            for part in (thing.func, thing.args, thing.keywords):
+                self._watch(part, where, depth)
+            return
         if isinstance(thing, Tensor):
             raise Untraceable(f"it holds a tensor that is no parameter or buffer, as {where}")
         if depth > 4:
             raise Untraceable(f"what it holds as {where} is nested too deeply to be watched")
-        if isinstance(thing, (list, tuple, dict, set, frozenset)):
-            inside = [*thing.keys(), *thing.values()] if isinstance(thing, dict) else list(thing)
+        if isinstance(thing, _CONTAINERS):
+            inside = [*thing.keys(), *thing.values()] if isinstance(thing, _MAPPINGS) else list(thing)
             if not isinstance(thing, (tuple, frozenset)):
                 self._containers.append((thing, _copy(thing)))
         elif type(thing).__module__ == "_thread" or _is_trusted(type(thing).__module__):
             # configurations and the like of libraries: what they hold themselves
+            if _hides_its_state(thing):
+                raise Untraceable(f"it holds a {type(thing).__name__} as {where}, whose changes cannot be noticed")
             inside = list(getattr(thing, "__dict__", {}).values())
             if hasattr(thing, "__dict__"):
                 self._containers.append((thing.__dict__, _copy(thing.__dict__)))
-            inside = [x for x in inside if isinstance(x, (list, dict, set))]
+            inside = [x for x in inside if isinstance(x, (list, dict, set)) or type(x).__name__.endswith("Config")]
         elif hasattr(thing, "__dict__") and not hasattr(type(thing), "__slots__"):
             inside = list(vars(thing).values())
             self._containers.append((vars(thing), _copy(vars(thing))))
+            for kind in type(thing).__mro__:
+                self._watch_class(kind)
         else:
             raise Untraceable(f"it holds a {type(thing).__name__} as {where}, whose changes cannot be noticed")
         for item in inside:
@@ -224,7 +246,7 @@ class Watch:
         if not self._is_untouched():
             for state, name, expected in self._attributes:
                 thing = state.get(name, _GONE)
-                if thing is not expected and not (type(thing) is type(expected) in _PLAIN and thing == expected):
+                if thing is not expected and not (type(thing) is type(expected) in PLAIN and thing == expected):
                     return False
             for container, before in self._containers:
                 if not _equal(container, before):
@@ -251,10 +273,22 @@ class Watch:
         except KeyError:
             return False
 
-    def signature(self, read: set[str]) -> Any:
+    def signature(self, read: set[str] | None) -> Any:
         """Equal for modules that compute the same with their own parameters, as far as attributes called as in ``read``
-        decide about it."""
+        (None: any) decide about it."""
         place = {id(module): index for index, module in enumerate(self.modules)}
+        described_already: set[int] = set()
+
+        def inside(x: Any, depth: int = 0) -> list[Any]:
+            """What is read of an object, and of its class if that is somebody's."""
+            kinds = [kind for kind in type(x).__mro__ if not _is_trusted(kind.__module__)]
+            own = [vars(x)] if hasattr(x, "__dict__") else []
+            return [
+                (name, relative(held, depth + 1))
+                for holder in (*own, *map(vars, kinds))
+                for name, held in holder.items()
+                if name not in _OWN and (read is None or name in read) and not isinstance(held, _DESCRIPTORS)
+            ]
 
         def relative(x: Any, depth: int = 0) -> Any:
             if isinstance(x, nn.Module):
@@ -267,9 +301,12 @@ class Watch:
                 return tuple((relative(k), relative(v, depth + 1)) for k, v in x.items())
             if isinstance(x, (list, tuple, set, frozenset)):
                 return type(x), tuple(relative(i, depth + 1) for i in x)
-            if type(x) in _PLAIN or isinstance(x, _CODE):
+            if type(x) in PLAIN or isinstance(x, _CODE):
                 return type(x), x
-            return _Same(x)
+            if depth > 4 or id(x) in described_already or isinstance(x, Tensor):
+                return _Same(x)
+            described_already.add(id(x))
+            return _Same(x), inside(x, depth)
 
         number = {id(tensor): index for index, tensor in enumerate(self.tensors)}
 
@@ -290,7 +327,7 @@ class Watch:
                     hooks,
                     list(state["_modules"]),
                     [(name, held(t)) for kind in ("_parameters", "_buffers") for name, t in state[kind].items()],
-                    [(name, relative(x)) for name, x in state.items() if name not in _OWN and name in read],
+                    inside(module),
                 )
             )
         return described, self._forwards, self._likes
@@ -334,7 +371,17 @@ def _equal(container: Any, before: Any) -> bool:
         pairs = zip(container.values(), before.values())
     else:
         pairs = zip(container, before)
-    return all(a is b or (type(a) is type(b) and type(a) in _PLAIN and a == b) for a, b in pairs)
+    return all(a is b or (type(a) is type(b) and type(a) in PLAIN and a == b) for a, b in pairs)
+
+
+def _hides_its_state(thing: Any) -> bool:
+    """Whether a library's object may change where nobody can look: generators of random numbers, iterators, arrays."""
+    if isinstance(thing, random.Random):
+        return True
+    if hasattr(thing, "__dict__") or type(thing) is object or isinstance(thing, _SETTLED):
+        return False
+    numpy = sys.modules.get("numpy")
+    return type(thing).__module__ != "_thread" and not (numpy and isinstance(thing, numpy.generic))
 
 
 def is_profiled() -> bool:
@@ -349,17 +396,29 @@ class Observation:
 
     Libraries' own code is trusted to keep its state in modules, which `Watch` compares. Other code must not assign
     globals or variables of enclosing functions, nor read any that may change without notice.
+
+    Attributes:
+        is_of_somebody: whether code other than libraries' ran.
     """
 
-    def __enter__(self) -> "Observation":
-        self._frames: dict[types.CodeType, types.FrameType] = {}
-        self._random = random.getstate()
-        self._numpy = _numpy_state()
-        self._outer = sys.getprofile()
+    def __init__(self) -> None:
+        self._frames: dict[types.CodeType, tuple[dict[str, Any], dict[str, Any]]] = {}
         self._seen: set[types.CodeType] = set()
+        self._calls: list[str] = []
+        self._random, self._numpy = random.getstate(), _numpy_state()
+
+    @property
+    def is_of_somebody(self) -> bool:
+        return bool(self._frames)
+
+    def __enter__(self) -> "Observation":
+        self._random, self._numpy = random.getstate(), _numpy_state()
+        self._outer = sys.getprofile()
         seen, found = self._seen, self._frames
 
         def note(frame: types.FrameType, event: str, argument: Any) -> None:
+            if event == "c_call" and argument in _OUTWARD and not _is_trusted(frame.f_globals.get("__name__")):
+                self._calls.append(argument.__name__)
             if event == "call" and (code := frame.f_code) not in seen:
                 seen.add(code)
                 if not _is_trusted(frame.f_globals.get("__name__")):
@@ -375,40 +434,109 @@ class Observation:
         if self._collects:
             gc.enable()
 
-    def names(self) -> set[str]:
-        """All names of attributes, and strings, in the code that ran."""
-        named = {name for code in self._seen for name in code.co_names}
-        return named | {const for code in self._seen for const in code.co_consts if isinstance(const, str)}
+    def names(self) -> set[str] | None:
+        """All names of attributes, and strings, in the code that ran; None if somebody's computes such names."""
+        if any(map(_computes_names, self._frames)):
+            return None
+        return _named(self._seen)
 
-    def globals(self) -> list[tuple[dict[str, Any], str, Any]]:
-        """Globals that the code read, and their values, for a later comparison.
+    def globals(self, watch: Watch) -> list[tuple[dict[str, Any], str, Any]]:
+        """Globals that the code read, attributes of classes, modules and functions among them, and their values, for a
+        later comparison.
+
+        Args:
+            watch: of the module whose code it was.
 
         Raises:
             Untraceable: if something was done that a recording would miss.
         """
         if random.getstate() != self._random or _numpy_state() != self._numpy:
             raise Untraceable("it draws random numbers from Python or NumPy")
-        read = []
+        if self._calls:
+            raise Untraceable(f"its code calls {self._calls[0]}()")
+        read: list[tuple[dict[str, Any], str, Any]] = []
+        holders: list[Any] = []
         for code, (names, closure) in self._frames.items():
+            if not {"environ", "getenv"}.isdisjoint(code.co_names):
+                raise Untraceable("its code reads environment variables")
             for instruction in dis.get_instructions(code):
                 operation, name = instruction.opname, instruction.argval
                 if operation in ("STORE_GLOBAL", "DELETE_GLOBAL") or (
                     operation == "STORE_DEREF" and name in code.co_freevars
                 ):
                     raise Untraceable(f"its code assigns {name!r}, which outlives the call")
+                if operation == "IMPORT_NAME" and not _is_trusted(name):
+                    raise Untraceable(f"its code imports {name!r} while it runs")
                 if operation in ("LOAD_GLOBAL", "LOAD_NAME") and name in names:
                     if not _is_settled(names[name]):
                         raise Untraceable(f"its code reads the global {name!r}, which may change without notice")
                     read.append((names, name, names[name]))
+                    holders.append(names[name])
             for name, held in closure.items():
-                if name != "__class__" and not isinstance(held, (*_CODE, nn.Module)):
+                if name == "__class__" or watch.covers(held):
+                    continue
+                if not isinstance(held, _CODE):
                     raise Untraceable(f"its code reads {name!r} of an enclosing function")
+                holders.append(held)
+        named = None if any(map(_computes_names, self._frames)) else _named(self._frames)
+        for holder in holders:  # which grows
+            if watch.covers(holder):
+                continue
+            for names in map(vars, filter(_holds_attributes, getattr(holder, "__mro__", (holder,)))):
+                for name in list(names) if named is None else named.intersection(names):
+                    if name.startswith("__"):
+                        continue
+                    held = names[name]
+                    if not (_is_settled(held) or isinstance(held, _DESCRIPTORS)):
+                        raise Untraceable(
+                            f"its code reads {name!r} of {holder.__name__}, which may change without notice"
+                        )
+                    read.append((names, name, held))
+                    if isinstance(held, _CODE) and not any(held is other for other in holders):
+                        holders.append(held)
+        functions = [x for kind in watch.kinds for x in vars(kind).values()] + holders
+        for function in functions:
+            if getattr(function, "__code__", None) in self._frames and not all(map(_is_settled, _defaults(function))):
+                raise Untraceable(f"default arguments of its {function.__name__} may change without notice")
         return read
+
+
+def _named(codes: Iterable[types.CodeType]) -> set[str]:
+    """All names, also as strings, in code."""
+    names = {name for code in codes for name in code.co_names}
+    return names | {const for code in codes for const in code.co_consts if isinstance(const, str)}
+
+
+def _computes_names(code: types.CodeType) -> bool:
+    """Whether code may read attributes whose names do not stand in it."""
+    if not {"vars", "__dict__", "attrgetter", "__getattribute__"}.isdisjoint(code.co_names):
+        return True
+    instructions = iter(list(dis.get_instructions(code)))
+    for instruction in instructions:
+        if instruction.argval not in ("getattr", "hasattr") or not instruction.opname.startswith("LOAD_"):
+            continue
+        given: Any = None  # the last constant before the call, which has to be all that makes the name
+        for argument in itertools.takewhile(lambda i: not i.opname.startswith("CALL"), instructions):
+            if not argument.opname.startswith(("LOAD_", "PUSH_NULL", "PRECALL", "CACHE")):
+                return True
+            given = given or (isinstance(argument.argval, str) and argument.opname == "LOAD_CONST")
+        if not given:
+            return True
+    return False
+
+
+def _defaults(function: types.FunctionType) -> list[Any]:
+    return [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+
+
+def _holds_attributes(x: Any) -> bool:
+    """Whether a class, module or function of somebody's may hold attributes that change."""
+    return hasattr(x, "__dict__") and not _is_trusted(x.__name__ if isinstance(x, types.ModuleType) else x.__module__)
 
 
 def _is_settled(x: Any) -> bool:
     """Whether a value cannot change in place (or is code)."""
-    if type(x) in _PLAIN or isinstance(x, (*_CODE, enum.Enum)):
+    if type(x) in PLAIN or isinstance(x, (*_CODE, enum.Enum)):
         return True
     if isinstance(x, (tuple, frozenset)):
         return all(map(_is_settled, x))
