@@ -344,12 +344,13 @@ def test_nor_among_many():
     assert not any(found := list(verdicts(range(1000, 20_000)))), next(filter(None, found))
 
 
-# wrong rules of operators that change shapes, such as `select`, are stopped by the shapes of a tile
-@pytest.mark.parametrize("name", ["cumsum", "flip", "roll"])
-def test_a_rule_that_is_wrong_is_found(name, monkeypatch):
+# Wrong rules of operators that change shapes, such as `select`, are stopped by the shapes of a tile. The seeds are the first
+# of 0 to 999 whose programs find them; other operators above make them others.
+@pytest.mark.parametrize(("name", "seed"), [("cumsum", 325), ("flip", 880), ("roll", 219)])
+def test_a_rule_that_is_wrong_is_found(name, seed, monkeypatch):
     def trusting(proof, node, x, *args, **kwargs):
         size = node.meta["val"].shape[0] if node.meta["val"].dim() else 0
         return independence.Samples(0, size // N) if size and size % N == 0 else independence.Shared()
 
     monkeypatch.setitem(independence._RULES, getattr(torch.ops.aten, name), trusting)
-    assert any(verdicts(range(1000)))
+    assert any(verdicts([seed]))

@@ -75,6 +75,7 @@ class Entry:
         signature: equal for these modules.
         read: names of the attributes that their code reads; None: any.
         globals: (namespace, name, value) of the globals that it reads.
+        is_of_somebody: whether code outside of libraries is among it.
         plan: None until it is made; a text where it cannot be made, the reason.
         joint: the recorded call.
         at_once: bytes that it has in use at once beside its arguments and results.
@@ -87,6 +88,7 @@ class Entry:
     signature: Any
     read: set[str] | None
     globals: list[tuple[dict[str, Any], str, Any]]
+    is_of_somebody: bool
     plan: Plan | str | None = None
     joint: Joint | None = None
     at_once: int = 0
@@ -236,7 +238,7 @@ class Planner:
             hooks.run()
             return None, result
         names = observation.names()
-        entry = Entry((self.settings, watch.signature(names)), names, [])
+        entry = Entry((self.settings, watch.signature(names)), names, [], observation.is_of_somebody)
         self._entries[key] = entry
         self.store.entries.setdefault((type(module), key), []).append(entry)
         after: list[Any] = []
@@ -266,11 +268,14 @@ class Planner:
             try:
                 if len(flat) != len(leaves) or any(one is not other for one, other in zip(flat, leaves)):
                     raise Untraceable("its arguments are of types that cannot be told apart")
-                backward_pass = Observation()
-                joint = self._recorded(whole, flat, spec, backward_pass=backward_pass)
-                entry.globals += backward_pass.globals(self._watch)
-                if backward_pass.is_of_somebody:  # which may read any attribute
-                    entry.read, entry.signature = None, (self.settings, self._watch.signature(None))
+                if entry.is_of_somebody:
+                    backward_pass = Observation()
+                    joint = self._recorded(whole, flat, spec, backward_pass=backward_pass)
+                    entry.globals += backward_pass.globals(self._watch)
+                    if backward_pass.is_of_somebody:  # which may read any attribute
+                        entry.read, entry.signature = None, (self.settings, self._watch.signature(None))
+                else:
+                    joint = self._recorded(whole, flat, spec)
                 halves = split(joint)
                 entry.plan, entry.joint = Plan.of(joint, halves), joint
                 entry.kept, entry.passed = kept_bytes(halves), passed_bytes(joint)

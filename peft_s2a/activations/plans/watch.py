@@ -71,7 +71,7 @@ def is_observed_globally() -> bool:
 
 def _is_trusted(module_name: str | None) -> bool:
     root = (module_name or "").partition(".")[0]
-    return root in _TRUSTED or root in sys.stdlib_module_names
+    return root in _TRUSTED or root in sys.stdlib_module_names or root.startswith("namedtuple_")
 
 
 class Watch:
