@@ -334,8 +334,8 @@ def verdicts(seeds):
 
 
 def test_no_random_program_is_proved_that_mixes_samples():
-    found = list(verdicts([*range(250), 7821]))  # the last was, once
-    assert len(found) > 40
+    found = list(verdicts([*range(150), 7821]))  # the last was, once
+    assert len(found) > 20
     assert not any(found), next(filter(None, found))
 
 

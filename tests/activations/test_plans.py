@@ -694,9 +694,9 @@ class ReadsAllOfIt(Block):
 
 @pytest.mark.parametrize("kind", [ReadsByAComputedName, ReadsByAnothersName, ReadsAllOfIt])
 def test_blocks_that_differ_in_attributes_of_computed_names_share_no_plan(kind, runs):
-    stock = network(kind)
+    stock = network(kind, depth=4)
     for i, block in enumerate(stock):
-        block.scale_0, block.scale_1 = 0.5 + i, 1.5 - i
+        block.scale_0, block.scale_1 = 0.5 + i / 4, 1.5 - i / 4
     quantized = quantize_activations(copy.deepcopy(stock), {"bits": 8, "mlp_tiles": 1})
     for step in range(3):
         compare_with_stock(stock, quantized, rows(seed=step))
