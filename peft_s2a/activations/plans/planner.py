@@ -30,7 +30,7 @@ from .independence import Dependent
 from .run import Plan
 from .tiles import TiledPlan, batched_arguments, kept_bytes, passed_bytes, sizes_of, tiled_plan, tiles_for, working_set
 from .trace import UNOBSERVED, Joint, Untraceable, trace, without_graph
-from .watch import Observation, Watch, is_observed_globally, is_profiled
+from .watch import Observation, Watch, is_observed_globally, is_plain_tensor, is_profiled
 
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,6 @@ _OBSERVATIONS = 3  # that may set up attributes
 # Bytes for the working set of one tile: enough for its operators to have work to do, small beside the codes that are kept.
 _ROOM = {"cpu": 8 * 2**20}
 _DEFAULT_ROOM = 8 * 2**24
-_TENSORS = (Tensor, nn.Parameter, nn.Buffer)  # other kinds may have functions of their own
 _DISCARDED = object()
 _lock = threading.RLock()
 _observations = itertools.count(1)
@@ -268,14 +267,12 @@ class Planner:
             try:
                 if len(flat) != len(leaves) or any(one is not other for one, other in zip(flat, leaves)):
                     raise Untraceable("its arguments are of types that cannot be told apart")
-                if entry.is_of_somebody:
-                    backward_pass = Observation()
-                    joint = self._recorded(whole, flat, spec, backward_pass=backward_pass)
+                backward_pass = Observation() if entry.is_of_somebody else UNOBSERVED
+                joint = self._recorded(whole, flat, spec, backward_pass=backward_pass)
+                if isinstance(backward_pass, Observation):
                     entry.globals += backward_pass.globals(self._watch)
                     if backward_pass.is_of_somebody:  # which may read any attribute
                         entry.read, entry.signature = None, (self.settings, self._watch.signature(None))
-                else:
-                    joint = self._recorded(whole, flat, spec)
                 halves = split(joint)
                 entry.plan, entry.joint = Plan.of(joint, halves), joint
                 entry.kept, entry.passed = kept_bytes(halves), passed_bytes(joint)
@@ -394,7 +391,7 @@ def _describe(x: Any, leaves: list[Any]) -> Any:
     if kind is dict:
         return tuple([(name, _describe(item, leaves)) for name, item in x.items()])
     leaves.append(x)
-    if kind in _TENSORS or compat.is_fake(x):
+    if isinstance(x, Tensor) and is_plain_tensor(x):
         place = next(i for i, leaf in enumerate(leaves) if leaf is x)  # whether it was there before: code may ask
         return place, x.shape, x.stride(), x.dtype, x.device, x.requires_grad, x.is_leaf
     if x is None or kind in (bool, int, float, str, torch.dtype, torch.device):

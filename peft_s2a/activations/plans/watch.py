@@ -49,6 +49,7 @@ _TRUSTED = (
     "torch", "transformers", "peft", "timm", "diffusers", "torchvision", "accelerate", "numpy", "peft_s2a", "sympy", "mpmath",
     "typing_extensions", "einops", "torchao",
 )  # fmt: skip
+_TENSORS = (Tensor, nn.Parameter, nn.Buffer)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OWN = {
     *_HOOKS, "training", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_is_full_backward_hook",
@@ -67,6 +68,11 @@ _GLOBAL_HOOKS = tuple(
 def is_observed_globally() -> bool:
     """Whether hooks that somebody put on all modules would see what happens inside."""
     return any(_GLOBAL_HOOKS)
+
+
+def is_plain_tensor(x: Tensor) -> bool:
+    """Whether a tensor is of no kind that may have functions of its own."""
+    return type(x) in _TENSORS or compat.is_fake(x)
 
 
 def _is_trusted(module_name: str | None) -> bool:
@@ -179,7 +185,7 @@ class Watch:
                 self._watch(thing, f"{kind.__name__}.{name}", 1)
 
     def _check_tensor(self, tensor: Tensor) -> None:
-        if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer) and not compat.is_fake(tensor):
+        if not is_plain_tensor(tensor):
             raise Untraceable(f"it holds a {type(tensor).__name__}")
 
     def _watch_attributes(self, module: nn.Module, state: dict[str, Any]) -> None:
@@ -279,15 +285,15 @@ class Watch:
         place = {id(module): index for index, module in enumerate(self.modules)}
         described_already: set[int] = set()
 
-        def inside(x: Any, depth: int = 0) -> list[Any]:
+        def contents(x: Any, depth: int = 0) -> list[Any]:
             """What is read of an object, and of its class if that is somebody's."""
             kinds = [kind for kind in type(x).__mro__ if not _is_trusted(kind.__module__)]
             own = [vars(x)] if hasattr(x, "__dict__") else []
             return [
-                (name, relative(held, depth + 1))
+                (name, relative(item, depth + 1))
                 for holder in (*own, *map(vars, kinds))
-                for name, held in holder.items()
-                if name not in _OWN and (read is None or name in read) and not isinstance(held, _DESCRIPTORS)
+                for name, item in holder.items()
+                if name not in _OWN and (read is None or name in read) and not isinstance(item, _DESCRIPTORS)
             ]
 
         def relative(x: Any, depth: int = 0) -> Any:
@@ -306,7 +312,7 @@ class Watch:
             if depth > 4 or id(x) in described_already or isinstance(x, Tensor):
                 return _Same(x)
             described_already.add(id(x))
-            return _Same(x), inside(x, depth)
+            return _Same(x), contents(x, depth)
 
         number = {id(tensor): index for index, tensor in enumerate(self.tensors)}
 
@@ -327,7 +333,7 @@ class Watch:
                     hooks,
                     list(state["_modules"]),
                     [(name, held(t)) for kind in ("_parameters", "_buffers") for name, t in state[kind].items()],
-                    inside(module),
+                    contents(module),
                 )
             )
         return described, self._forwards, self._likes
@@ -515,11 +521,11 @@ def _computes_names(code: types.CodeType) -> bool:
     for instruction in instructions:
         if instruction.argval not in ("getattr", "hasattr") or not instruction.opname.startswith("LOAD_"):
             continue
-        given: Any = None  # the last constant before the call, which has to be all that makes the name
+        given = False  # as a constant
         for argument in itertools.takewhile(lambda i: not i.opname.startswith("CALL"), instructions):
             if not argument.opname.startswith(("LOAD_", "PUSH_NULL", "PRECALL", "CACHE")):
                 return True
-            given = given or (isinstance(argument.argval, str) and argument.opname == "LOAD_CONST")
+            given |= argument.opname == "LOAD_CONST" and isinstance(argument.argval, str)
         if not given:
             return True
     return False
