@@ -45,7 +45,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, HfArgumentParser, PreTrainedModel, default_data_collator
 
-from peft_s2a import MemoryReport, profile_memory
+from peft_s2a import MemoryReport, profile_memory, quantize_activations
 
 
 EXAMPLES = Path(__file__).resolve().parent
@@ -93,6 +93,12 @@ def examples(images: list[Image.Image], labels: np.ndarray, indices: np.ndarray)
         {"pixel_values": pixels, "labels": int(labels[index])}
         for pixels, index in zip(pixel_values, indices, strict=True)
     ]
+
+
+def compile_kernels() -> None:
+    """What `peft_s2a` compiles when its operators first run on a machine, and keeps for all later processes: some seconds
+    that are no method's training time."""
+    quantize_activations(torch.nn.Sequential(torch.nn.GELU()))(torch.zeros(8, requires_grad=True)).sum().backward()
 
 
 def run(method: str, learning_rate: float, seed: int, train: list[dict], held_out: list[dict], args: Arguments) -> Run:
@@ -231,6 +237,7 @@ def main() -> None:
     if unknown:
         raise SystemExit(f"--methods: unknown {', '.join(sorted(unknown))}; known are {', '.join(METHODS)}.")
     console = Console()
+    compile_kernels()
     images, labels = digits()
     train_indices, test_indices = train_test_split(
         np.arange(len(images)), train_size=args.num_train, random_state=0, stratify=labels

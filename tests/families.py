@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
@@ -187,6 +187,20 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "plain_cnn": PlainConvNet,
     "plain_transformer": PlainTransformer,
 }
+
+# Much like another one here. What is tried on every family in several ways is tried in one of them on these in the usual
+# run, and in all among the slow tests.
+LIKE_ANOTHER = {"deit", "dinov2", "siglip", "clip", "swinv2", "pvt", "timm_vit", "timm_resnet", "timm_convnext"}
+
+
+def each_in(first: str, *others: str, names: Iterable[str] = FAMILIES) -> list:
+    """Parameters (family, way) for `pytest.mark.parametrize`: every family in every way, those that are `LIKE_ANOTHER` in
+    the first one only where slow tests are left out."""
+    return [
+        pytest.param(name, way, marks=pytest.mark.slow if name in LIKE_ANOTHER and way != first else ())
+        for name in names
+        for way in (first, *others)
+    ]
 
 
 def build(family: str, seed: int = 0) -> nn.Module:

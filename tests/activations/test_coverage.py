@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from families import FAMILIES, IMAGE_SIZE, NUM_LABELS, WithHead, batch, build
+from families import FAMILIES, IMAGE_SIZE, NUM_LABELS, WithHead, batch, build, each_in
 from torch import nn
 from transformers import (
     ConvNextV2Config,
@@ -106,6 +106,7 @@ LARGER = {"levit": 64, "mobilevit": 64, "timm_swin": 32, "timm_eva": 28}
 ALL = [*FAMILIES, *MORE]
 # Of these hardly two blocks are alike, so that recording them for two sizes takes long.
 MANY_PLANS = {"mobilevit", "timm_swin", "timm_resnet", "timm_efficientnet"}
+FEW_PLANS = [name for name in ALL if name not in MANY_PLANS]
 IN_TILES = [pytest.param(name, marks=pytest.mark.slow if name in MANY_PLANS else ()) for name in ALL]
 
 
@@ -166,8 +167,13 @@ class TestFamilies:
         for one, other in zip(model.buffers(), twin.buffers()):
             assert torch.equal(one, other)
 
-    @pytest.mark.parametrize("name", IN_TILES)
-    @pytest.mark.parametrize("tuned", ["biases", "everything"])
+    @pytest.mark.parametrize(
+        ("name", "tuned"),
+        [
+            *each_in("everything", "biases", names=FEW_PLANS),
+            *(pytest.param(name, how, marks=pytest.mark.slow) for name in MANY_PLANS for how in ("everything", "biases")),
+        ],
+    )
     def test_gradients_are_faithful_in_tiles(self, name, tuned):
         model, images, labels = model_and_batch(name)
         model = tune_biases(model) if tuned == "biases" else model.train()

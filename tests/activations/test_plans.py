@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from families import FAMILIES, batch, build, logits
+from families import batch, build, each_in, logits
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -110,8 +110,7 @@ def runs(monkeypatch):
     return counts
 
 
-@pytest.mark.parametrize("how", ["s2a", "full"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "how"), each_in("s2a", "full"))
 def test_plans_compute_what_the_function_mode_does(family, how):
     """Bit for bit, but that products and sums may round as their operands lie in memory, on some processors.
 

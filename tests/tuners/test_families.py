@@ -63,8 +63,7 @@ def descend(model: nn.Module, lr: float) -> None:
                 parameter -= lr * parameter.grad / norm
 
 
-@pytest.mark.parametrize("structure", CONFIGS)
-@pytest.mark.parametrize("family", families.FAMILIES)
+@pytest.mark.parametrize(("family", "structure"), families.each_in("all", "bias", "prompt", "side", "ladder"))
 def test_family(family, structure, table, tmp_path, request):
     if structure not in ("all", "ladder"):
         request.getfixturevalue("function_mode")

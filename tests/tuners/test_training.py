@@ -61,7 +61,7 @@ def fine_tune(config: S2AConfig, lr: float, digits: tuple[torch.Tensor, ...]) ->
         pytest.param({}, 2e-3, marks=pytest.mark.slow),
         ({}, 5e-3),
         pytest.param({"activation_quantization": None}, 5e-3, marks=pytest.mark.slow),
-        ({"activation_quantization": None, "side_rank": 128}, 5e-3),
+        pytest.param({"activation_quantization": None, "side_rank": 128}, 5e-3, marks=pytest.mark.slow),
     ],
 )
 def test_training_is_stable(kwargs, lr, digits):
