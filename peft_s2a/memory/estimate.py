@@ -123,8 +123,8 @@ def largest_batch_size(
 ) -> int:
     """The largest batch size whose peak fits into a budget.
 
-    Memory grows very nearly in proportion to the batch, so where a line through the two nearest known points crosses
-    the budget is tried first; what is left of the range is bisected.
+    Beyond some size memory grows very nearly in proportion to the batch, so where the line through the largest known
+    size that fits and the smallest that does not (or else the largest two) crosses the budget is tried first.
 
     Args:
         report: Gives the report at a batch size, such as `lambda n: estimate_memory(model, n)`.
@@ -153,12 +153,12 @@ def largest_batch_size(
 
 def _guess(peaks: Mapping[int, int], budget: int, fits: int, fails: int) -> int:
     """The batch size to try next, strictly between `fits` and `fails` if anything is."""
-    (a, peak_a), (b, peak_b) = sorted(peaks.items(), key=lambda item: abs(item[1] - budget))[:2]
-    slope = (peak_b - peak_a) / (b - a)
-    crossing = math.floor(a + (budget - peak_a) / slope) if slope > 0 else fails - 1
-    if len(peaks) > 10:  # no line at all
+    a, b = (fits, fails) if fails in peaks else sorted(peaks)[-2:]
+    slope = (peaks[b] - peaks[a]) / (b - a)
+    crossing = math.floor(a + (budget - peaks[a]) / slope) if slope > 0 else fails - 1
+    if len(peaks) > 4 and len(peaks) % 2 and crossing > fits + 1:  # by now a line would have met it
         return (fits + fails) // 2
-    return min(max(crossing if crossing != fits else fits + 1, fits + 1), fails - 1)
+    return min(max(crossing, fits + 1), fails - 1)
 
 
 def image_batch(model: nn.Module, batch_size: int, image_size: int | tuple[int, int] | None = None) -> dict[str, Any]:

@@ -120,6 +120,10 @@ def test_largest_batch_needs_few_estimates_and_stops_at_the_limit():
 
     assert largest_batch_size(report, 50_000) == (50_000 - 1000) // 13
     assert len(tried) <= 4
+    tried.clear()
+    peak = {1: 5000, 2: 5010}  # that of the optimiser's step, as long as batches are small
+    assert largest_batch_size(lambda n: tried.append(n) or Peak(peak.get(n, 1000 + 1300 * n)), 50_000, start=2) == 37
+    assert len(tried) <= 6
     assert largest_batch_size(report, 10**9, limit=64) == 64
 
 
