@@ -6,10 +6,11 @@ A module is changed by giving it a subclass of its own class whose forward runs 
 moreover run by plans (`plans`), which do the same without finding it out anew.
 """
 
+import copy
 import functools
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -222,6 +223,19 @@ def _settings_inside(config: ActivationQuantizationConfig, name: str, block: nn.
         return config
     names = [f"{name}.{inner}".strip(".") for inner, _ in block.named_modules()]
     return [config.quantizer(kind, inner) for inner in names for kind in OPERATOR_KINDS]
+
+
+def plan_anew(model: nn.Module) -> None:
+    """Let blocks be recorded anew, as if a model's activations had just been quantised: what was recorded of other
+    tensors stays with the settings that the modules had."""
+    stores: dict[int, Store] = {}
+    for module in model.modules():
+        if isinstance(module, _Quantized):
+            settings = module._activation_settings
+            planner = copy.copy(settings.planner)
+            if planner is not None:
+                planner.store = stores.setdefault(id(planner.store), Store())
+            module._activation_settings = replace(settings, planner=planner)
 
 
 def unplanned(model: nn.Module) -> dict[str, str]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peft_s2a.activations.wrap import plan_anew
 from peft_s2a.anatomy.usage import stand_in
 from peft_s2a.compat import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode, tree_map_only
 
@@ -73,6 +74,7 @@ def estimate_memory(
         with stand_in(model, fake), torch.random.fork_rng([]):
             if not model.training:
                 model.train()
+            plan_anew(model)  # undone with everything else that is set on modules in here
             batch = tree_map_only(torch.Tensor, fake, batch)
             step = TrainingStep(model, batch, optimizer, loss_fn, autocast, device)
             _prepare_optimizer(step, device)

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from peft_s2a.activations.plans.trace import operator_name
+from peft_s2a.activations.plans.watch import spectator
 from peft_s2a.activations.wrap import sharp_attention, unplanned
 from peft_s2a.compat import (
     TorchDispatchMode,
@@ -216,6 +217,7 @@ class StepTrace:
     def _entering(self, name: str):
         name = self.name_of(name)
 
+        @spectator
         def enter_module(module, args):
             self._modules.append(name)
             self._mark_module(name)
@@ -227,6 +229,7 @@ class StepTrace:
         """A module's name in the model that PEFT wrapped."""
         return re.sub(r"^base_model(\.model(\.|$)|$)", "", name)
 
+    @spectator
     def _leave_module(self, module, args, output) -> None:
         self._modules.pop()
         self._mark_module(self._modules[-1] if self._modules else "")

@@ -171,7 +171,11 @@ class TestFamilies:
         ("name", "tuned"),
         [
             *each_in("everything", "biases", names=FEW_PLANS),
-            *(pytest.param(name, how, marks=pytest.mark.slow) for name in MANY_PLANS for how in ("everything", "biases")),
+            *(
+                pytest.param(name, how, marks=pytest.mark.slow)
+                for name in MANY_PLANS
+                for how in ("everything", "biases")
+            ),
         ],
     )
     def test_gradients_are_faithful_in_tiles(self, name, tuned):

@@ -1,5 +1,8 @@
 """Small models, as the tests of memory use them."""
 
+from contextlib import contextmanager
+
+import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -13,6 +16,7 @@ from transformers import (
 )
 
 from peft_s2a import S2AConfig
+from peft_s2a.activations.plans.planner import Planner
 
 
 def backbone(name: str) -> nn.Module:
@@ -40,3 +44,22 @@ def tuned(name: str, method: str) -> nn.Module:
 def batch_for(name: str, batch_size: int = 4) -> dict[str, torch.Tensor]:
     size = {"vit": 96, "swin": 64, "resnet": 96}[name]
     return {"pixel_values": torch.randn(batch_size, 3, size, size), "labels": torch.arange(batch_size) % 10}
+
+
+def settings_of(model: nn.Module) -> list:
+    """How the quantised modules of a model run."""
+    return [module._activation_settings for module in model.modules() if hasattr(module, "_activation_settings")]
+
+
+@contextmanager
+def plans_made():
+    """A list that grows by one with every plan that is recorded."""
+    made, make = [], Planner._make
+
+    def counted(planner, *arguments):
+        made.append(planner)
+        return make(planner, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Planner, "_make", counted)
+        yield made

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from small_models import backbone, batch_for, tuned
+from small_models import backbone, batch_for, plans_made, settings_of, tuned
 from torch import nn
 
 from peft_s2a.memory import estimate_memory, extrapolate_memory, image_batch, largest_batch_size, profile_memory
@@ -48,6 +48,16 @@ def test_profile_after_estimate_works_on_quantised_model():
     estimate = estimate_memory(model, batch_for("swin"))
     profile = profile_memory(model, batch_for("swin"))
     assert estimate.saved_bytes == pytest.approx(profile.saved_bytes, rel=0.05)
+
+
+def test_blocks_that_are_alike_are_recorded_once_and_no_recording_is_left():
+    model = tuned("vit", "s2a")
+    with plans_made() as made:
+        estimate_memory(model, batch_for("vit"))
+    assert len(made) == 2, "embeddings, and one for three blocks"
+    settings = settings_of(model)
+    assert not any(s.planner.store.entries for s in settings if s.planner is not None)
+    assert all(s.is_new for s in settings)
 
 
 def test_tied_parameters_are_counted_once():

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from small_models import backbone, batch_for, tuned
+from small_models import backbone, batch_for, plans_made, tuned
 from torch import nn
 
 from peft_s2a.memory import profile_memory
@@ -76,6 +76,15 @@ def test_model_is_left_as_it_was():
     assert torch.equal(model.classifier[1].weight.grad, torch.ones_like(model.classifier[1].weight))
     assert sum(parameter.grad is not None for parameter in model.parameters()) == 1
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_blocks_run_by_the_plans_that_they_have():
+    model, batch = tuned("vit", "s2a"), batch_for("vit")
+    model(**batch).loss.backward()
+    with plans_made() as made:
+        for _ in range(2):
+            profile_memory(model, batch)
+    assert not made
 
 
 def test_branches_that_do_not_reach_the_loss_are_named():

@@ -22,7 +22,7 @@ import time
 import types
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from ... import compat
 from .trace import PLAIN, Untraceable
 
 
+_Hook = TypeVar("_Hook", bound=Callable[..., Any])
 _CODE = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType, types.MethodDescriptorType)
 _DESCRIPTORS = (property, staticmethod, classmethod, types.MemberDescriptorType, types.GetSetDescriptorType)
 # Objects of libraries' that cannot change although they have no attributes
@@ -68,6 +69,12 @@ _GLOBAL_HOOKS = tuple(
 def is_observed_globally() -> bool:
     """Whether hooks that somebody put on all modules would see what happens inside."""
     return any(_GLOBAL_HOOKS)
+
+
+def spectator(hook: _Hook) -> _Hook:
+    """Mark a hook of this package that plans of modules without it may be used in spite of: it computes nothing."""
+    vars(hook)["is_spectator"] = True
+    return hook
 
 
 def is_plain_tensor(x: Tensor) -> bool:
@@ -325,7 +332,10 @@ class Watch:
         described = []
         for module in self.modules:
             state = module.__dict__
-            hooks = [] if module is self.modules[0] else [relative(list(state[hooks].values())) for hooks in _HOOKS]
+            hooks = [
+                [relative(hook) for hook in state[kind].values() if not getattr(hook, "is_spectator", False)]
+                for kind in (() if module is self.modules[0] else _HOOKS)
+            ]
             described.append(
                 (
                     type(module),
