@@ -238,7 +238,6 @@ def stand_in(
     fakes: dict[int, torch.Tensor] = {}  # by identity, so that tied parameters stay tied
     modules = list(model.modules())
     originals = [dict(vars(module)) for module in modules]
-    caches = {cache: cache.cache_info().misses for cache in _caches(modules)}
     try:
         for module, attributes in zip(modules, originals):
             for name, value in attributes.items():
@@ -257,11 +256,21 @@ def stand_in(
                             replacement = nn.Parameter(replacement, requires_grad=needs_grad)
                         fakes[id(tensor)] = replacement
                     tensors[name] = fakes[id(tensor)]
-        yield
+        with clean_caches(modules):
+            yield
     finally:
         for module, attributes in zip(modules, originals):
             vars(module).clear()
             vars(module).update(attributes)
+
+
+@contextmanager
+def clean_caches(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Nothing that is computed inside, of tensors without values, stays in the caches of the modules' code."""
+    caches = {cache: cache.cache_info().misses for cache in _caches(modules)}
+    try:
+        yield
+    finally:
         for cache, misses in caches.items():
             if cache.cache_info().misses != misses:
                 cache.cache_clear()

@@ -199,10 +199,12 @@ def _fold_constants(graph: fx.Graph) -> None:
             constant.add(node)
     changed = {memory[o] for node in graph.nodes if node not in constant for o in written(node)}
     last_write = {memory[o]: position[node] for node in graph.nodes if node in constant for o in written(node)}
+    results, _ = graph.output_node().args
+    returned = {memory[result] for result in results}  # callers may write into what they get
     frontier = []
     for node in constant:
         readers = [position[user] for user in node.users if user not in constant]
-        if node.op == "get_attr" or not readers or not isinstance(value(node), Tensor):
+        if node.op == "get_attr" or memory[node] in returned or not readers or not isinstance(value(node), Tensor):
             continue
         if memory[node] not in changed and last_write.get(memory[node], -1) < min(readers):
             frontier.append(node)
@@ -354,7 +356,7 @@ def _merge_linear(graph: fx.Graph) -> None:
         if node.target not in (aten.addmm.default, aten.mm.default) or node.kwargs:
             continue
         *bias, rows, transposed = node.args
-        if transposed.target is not aten.t.default:
+        if transposed.target is not aten.t.default or any(value(b).dim() != 1 for b in bias):
             continue
         is_folded = rows.target is aten.view.default and _keeps_rows(value(rows.args[0]), value(rows))
         source = rows.args[0] if is_folded and all(user.target in _VIEWS for user in node.users) else rows

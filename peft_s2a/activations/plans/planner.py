@@ -3,8 +3,10 @@
 import itertools
 import logging
 import math
+import operator
 import threading
 import time
+import types
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from ... import compat
+from ...anatomy.usage import clean_caches
 from ...compat import (
     DisableTorchFunction,
     count_dispatch_modes,
@@ -30,12 +33,14 @@ from .independence import Dependent
 from .run import Plan
 from .tiles import TiledPlan, batched_arguments, kept_bytes, passed_bytes, sizes_of, tiled_plan, tiles_for, working_set
 from .trace import UNOBSERVED, Joint, Untraceable, trace, without_graph
-from .watch import Observation, Watch, is_observed_globally, is_plain_tensor, is_profiled
+from .watch import Observation, Watch, attributes_of, is_observed_globally, is_plain_tensor, is_profiled
 
 
 logger = logging.getLogger(__name__)
 _PLANS_PER_MODULE = 8  # of other shapes: beyond, the module runs without a plan
 _OBSERVATIONS = 3  # that may set up attributes
+_RECORDINGS = 32  # for one module: an attribute that changes at every step would ask for another each time
+_ENTRIES = 128  # for arguments of one kind: more than models have blocks
 # Bytes for the working set of one tile: enough for its operators to have work to do, small beside the codes that are kept.
 _ROOM = {"cpu": 8 * 2**20}
 _DEFAULT_ROOM = 8 * 2**24
@@ -74,7 +79,7 @@ class Entry:
         signature: equal for these modules.
         read: names of the attributes that their code reads; None: any.
         globals: (namespace, name, value) of the globals that it reads.
-        is_of_somebody: whether code outside of libraries is among it.
+        code: what code outside of libraries is among it.
         plan: None until it is made; a text where it cannot be made, the reason.
         joint: the recorded call.
         at_once: bytes that it has in use at once beside its arguments and results.
@@ -87,7 +92,7 @@ class Entry:
     signature: Any
     read: set[str] | None
     globals: list[tuple[dict[str, Any], str, Any]]
-    is_of_somebody: bool
+    code: frozenset[types.CodeType]
     plan: Plan | str | None = None
     joint: Joint | None = None
     at_once: int = 0
@@ -145,7 +150,7 @@ class Planner:
         self.store, self.settings, self.is_harmless, self.tiles = store, settings, is_harmless, tiles
         self.later, self.narrows = later, narrows
         self.reason: str | None = None
-        self._unsettled = 0
+        self._unsettled = self._recorded_before = 0
         self._observed = 0  # when a result was last used that was computed without a plan, to observe the module
         self._forget()
 
@@ -210,6 +215,8 @@ class Planner:
             if entry.holds() and entry.signature == (self.settings, self._watch.signature(entry.read)):
                 self._entries[key] = entry
                 return entry
+        if self._recorded_before >= _RECORDINGS:
+            raise Untraceable("it changed too often to be recorded once more")
         if len(self._entries) >= _PLANS_PER_MODULE:
             raise Untraceable(f"it is called with more than {_PLANS_PER_MODULE} kinds of arguments")
         return None
@@ -232,18 +239,28 @@ class Planner:
         random = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
         with no_dispatch_modes(), _DeferredHooks() as hooks, Observation() as observation:
             result = whole(*args, **kwargs)
+        before = watch.tensors
         if not watch.holds():
             self._unsettled += 1
             hooks.run()
             return None, result
         names = observation.names()
-        entry = Entry((self.settings, watch.signature(names)), names, [], observation.is_of_somebody)
+        entry = Entry((self.settings, watch.signature(names)), names, [], observation.code)
         self._entries[key] = entry
-        self.store.entries.setdefault((type(module), key), []).append(entry)
+        self._recorded_before += 1
+        known = self.store.entries.setdefault((type(module), key), [])
+        known.append(entry)
+        del known[:-_ENTRIES]
         after: list[Any] = []
         _describe(args, after), _describe(kwargs, after)
         try:
             entry.globals = observation.globals(watch)
+            if any(map(operator.is_not, watch.tensors, before)):
+                raise Untraceable("it puts another tensor in the place of a buffer")
+            if watch.reaches_outside and observation.code:
+                raise Untraceable("it holds a module outside of it")
+            if observation.hooks_gradients:
+                entry.whole = "hooks on its tensors may mix the gradients of samples"
             if len(after) != len(leaves) or any(one is not other for one, other in zip(after, leaves)):
                 raise Untraceable("it changes a list or dict among its arguments")
         except Untraceable as error:
@@ -267,11 +284,13 @@ class Planner:
             try:
                 if len(flat) != len(leaves) or any(one is not other for one, other in zip(flat, leaves)):
                     raise Untraceable("its arguments are of types that cannot be told apart")
-                backward_pass = Observation() if entry.is_of_somebody else UNOBSERVED
+                backward_pass = Observation() if entry.code else UNOBSERVED
                 joint = self._recorded(whole, flat, spec, backward_pass=backward_pass)
                 if isinstance(backward_pass, Observation):
                     entry.globals += backward_pass.globals(self._watch)
-                    if backward_pass.is_of_somebody:  # which may read any attribute
+                    if not backward_pass.code <= entry.code:  # checkpoints run again what ran before
+                        entry.whole = "its own code computes gradients, and may mix those of samples"
+                    if backward_pass.code:  # which may read any attribute
                         entry.read, entry.signature = None, (self.settings, self._watch.signature(None))
                 halves = split(joint)
                 entry.plan, entry.joint = Plan.of(joint, halves), joint
@@ -293,10 +312,19 @@ class Planner:
         sizes: Sequence[Any] = (),
         backward_pass: AbstractContextManager = UNOBSERVED,
     ) -> Joint:
-        joint = trace(whole, flat, spec, self._watch.tensors, sizes, backward_pass)
-        if not self._watch.holds():
+        watch = self._watch
+        before = watch.tensors
+        with clean_caches(watch.modules):
+            try:
+                joint = trace(whole, flat, spec, before, sizes, backward_pass)
+            finally:
+                is_left_alone = watch.holds() and all(map(operator.is_, watch.tensors, before))
+                if not is_left_alone:
+                    watch.tensors = before
+                    watch.put_back()
+        if not is_left_alone:
             raise Untraceable("it changes attributes of its modules while it runs")
-        if joint.foreign and self._watch.reaches_outside:
+        if joint.foreign and watch.reaches_outside:
             raise Untraceable("it reads a tensor of a module outside of it")
         simplify(joint)
         return joint
@@ -392,6 +420,8 @@ def _describe(x: Any, leaves: list[Any]) -> Any:
         return tuple([(name, _describe(item, leaves)) for name, item in x.items()])
     leaves.append(x)
     if isinstance(x, Tensor) and is_plain_tensor(x):
+        if x.__dict__ and attributes_of(x):
+            raise Untraceable("an argument is a tensor with attributes of somebody's")
         place = next(i for i, leaf in enumerate(leaves) if leaf is x)  # whether it was there before: code may ask
         return place, x.shape, x.stride(), x.dtype, x.device, x.requires_grad, x.is_leaf
     if x is None or kind in (bool, int, float, str, torch.dtype, torch.device):

@@ -29,6 +29,7 @@ class Recorder(TorchDispatchMode):
 
     Args:
         arguments: fake tensors, which get placeholders.
+        own: the tensors of the module that is recorded.
 
     Attributes:
         graph: what has been recorded, without an output.
@@ -36,8 +37,9 @@ class Recorder(TorchDispatchMode):
         phase: the ``meta["phase"]`` of the nodes made from now on.
     """
 
-    def __init__(self, arguments: Sequence[FakeTensor]) -> None:
+    def __init__(self, arguments: Sequence[FakeTensor], own: Sequence[Tensor]) -> None:
         super().__init__()
+        self._own = set(map(id, own))
         self.graph = fx.Graph()
         self.node_of = WeakTensorKeyDictionary()
         self.phase = "forward"
@@ -58,6 +60,8 @@ class Recorder(TorchDispatchMode):
             return result
         if torch.Tag.data_dependent_output in func.tags:
             return self._asked(func, tensors, args, kwargs)
+        if func in _AS_STRIDED and len(args) > 3 and args[3] is not None:
+            raise Untraceable("it reads memory from a fixed place on")
         if func is aten.lift_fresh.default:  # what is made of numbers may be written to: every run has its own
             func = aten.lift_fresh_copy.default
         written_args, written_kwargs = self._written(tuple(args)), {k: self._written(x) for k, x in kwargs.items()}
@@ -94,11 +98,15 @@ class Recorder(TorchDispatchMode):
         if isinstance(x, Tensor):
             node = self.node_of.get(x)
             if node is None:
+                if x.grad_fn is not None and id(x) not in self._own:
+                    raise Untraceable("it reads a tensor with a history that is no argument")
                 node = self.graph.create_node("get_attr", "constant")
                 node.meta["constant"], node.meta["phase"] = x, self.phase
             return node
         if type(x) in (list, tuple):
             return type(x)([self._written(item) for item in x])
+        if isinstance(x, torch.Generator):
+            raise Untraceable("it draws from a random generator of its own")
         return x
 
     def _known(self, tensors: Sequence[Tensor], args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any] | None:
@@ -141,6 +149,7 @@ class Recorder(TorchDispatchMode):
         return None
 
 
+_AS_STRIDED = (aten.as_strided.default, aten.as_strided_.default)
 _PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)
 
 

@@ -60,6 +60,8 @@ def prove(joint: Joint) -> dict[fx.Node, Any]:
     for node in joint.graph.nodes:
         if is_random(node) and (node.target not in _DRAWS or node.meta.get("phase") != "forward"):
             raise Dependent("it draws random numbers other than one a sample")
+        if node.target is aten.bernoulli_.float and not _is_fresh(joint.graph, node):
+            raise Dependent("it draws random numbers into a part of a tensor, or over others")
         if node.target not in _DRAWS and any(o.op == "placeholder" for o in written(node)):
             raise Dependent("it writes buffers")
     results, _ = joint.graph.output_node().args
@@ -137,8 +139,19 @@ def check_same_program(whole: Joint, tile: Joint, states: dict[fx.Node, Any], co
         )
         and all(map(grows_with_operands, one))
     )
+    same = same and whole.outputs == tile.outputs and whole.output_spec == tile.output_spec
     if not same or whole.slots != tile.slots or whole.wanted != tile.wanted:
         raise Dependent("what it computes depends on the number of samples")
+
+
+def _is_fresh(graph: fx.Graph, draw: fx.Node) -> bool:
+    """Whether what is drawn over is the whole of a tensor that nobody reads otherwise."""
+    memory = memories(graph)
+    drawn = draw.args[0]
+    before = {node for node in graph.nodes if memory[node] == memory[drawn] and node < draw}
+    return value(drawn).nbytes == value(drawn).untyped_storage().nbytes() and all(
+        user in before or (node is drawn and (user is draw or draw < user)) for node in before for user in node.users
+    )
 
 
 @dataclass

@@ -112,7 +112,7 @@ def trace(
     with no_dispatch_modes(), mode:
         fakes = [_like(leaves[i], shapes[i]) for i in positions]
     trained = [i for i, t in enumerate(tensors) if t.requires_grad]
-    recorder = Recorder(fakes)
+    recorder = Recorder(fakes, tensors)
     record: dict[str, Any] = {"recorder": recorder}
 
     def joint() -> list[Tensor | None]:
@@ -147,6 +147,7 @@ def trace(
     # small constants are computed with while they are recorded: counters of batches would count this run
     counters = [(t, t._version, t.detach().clone()) for t in tensors if not t.is_floating_point() and t.numel() == 1]
     hooks = [(tensors[i], tensors[i]._backward_hooks) for i in trained if tensors[i]._backward_hooks]
+    gradients = [(t, t.grad) for t in tensors if t.is_leaf]
     for parameter, _ in hooks:  # which are for gradients, and what is computed here is none
         parameter._backward_hooks = None
     _state.recording = True
@@ -173,9 +174,15 @@ def trace(
         for counter, version, before in counters:
             if counter._version != version:
                 counter.copy_(before)
+        added = [tensor for tensor, before in gradients if tensor.grad is not before]
+        for tensor, before in gradients:
+            tensor.grad = before
+    if added:
+        raise Untraceable("its backward pass adds to gradients by itself")
     if recorder.alive():
         raise Untraceable("it keeps a tensor beyond the call")
     wanted = [i for i, x in enumerate(fakes) if x.requires_grad]
+    record["gradients"] = [before for _, before in gradients if before is not None]
     record["mode"], record["has_values"] = mode, fake_mode_of([*leaves, *tensors]) is None
     return _joint_graph(values, record, positions, wanted, trained, index_of)
 
@@ -246,6 +253,8 @@ def _joint_graph(
             if index is None:
                 if isinstance(tensor, torch.nn.Parameter) or tensor.requires_grad:
                     raise Untraceable("it reads a parameter that is neither an argument nor its own")
+                if any(tensor is gradient for gradient in record["gradients"]):
+                    raise Untraceable("it reads gradients")
                 node.meta["val"] = _fake_of(tensor, record["mode"])
                 # a number that its code wrote down, or else a tensor of somebody's, such as a table that a library caches
                 node.meta["literal"] = all(user.target in _FRESH for user in node.users)

@@ -13,6 +13,7 @@ import functools
 import gc
 import inspect
 import itertools
+import logging
 import operator
 import pathlib
 import random
@@ -37,13 +38,18 @@ _CODE = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType, 
 _DESCRIPTORS = (property, staticmethod, classmethod, types.MemberDescriptorType, types.GetSetDescriptorType)
 # Objects of libraries' that cannot change although they have no attributes
 _SETTLED = (
-    range, slice, type(...), type(NotImplemented), re.Pattern, pathlib.PurePath, weakref.ReferenceType, inspect.Signature,
+    range, slice, type(...), type(NotImplemented), re.Pattern, pathlib.PurePath, inspect.Signature,
     torch.layout, torch.finfo, torch.iinfo, types.GenericAlias, types.UnionType,
 )  # fmt: skip
 _OUTWARD = {  # what somebody's code calls for an effect, or an answer, that a plan would not have
     print, open, input, exec, eval, globals, locals, __import__, datetime.datetime.now, datetime.datetime.utcnow,
     *(function for name, function in vars(time).items() if isinstance(function, types.BuiltinFunctionType)),
 }  # fmt: skip
+_GENERATORS = {  # names of what makes random generators, or sets torch's
+    "default_rng", "RandomState", "Random", "SystemRandom", "urandom", "secrets", "uuid1", "uuid4", "Generator",
+    "manual_seed", "manual_seed_all", "set_rng_state", "set_state", "fork_rng",
+}  # fmt: skip
+_LOGS = logging.Logger.handle.__code__
 _CONTAINERS = (list, tuple, dict, set, frozenset, collections.deque, types.MappingProxyType)
 # Libraries whose code keeps nothing outside of the modules it runs in.
 _TRUSTED = (
@@ -82,6 +88,13 @@ def is_plain_tensor(x: Tensor) -> bool:
     return type(x) in _TENSORS or compat.is_fake(x)
 
 
+def attributes_of(x: Tensor) -> dict[str, Any]:
+    """The attributes that somebody gave a tensor."""
+    if not x.__dict__ or compat.is_fake(x):
+        return {}
+    return {name: thing for name, thing in x.__dict__.items() if not name.startswith("_")}
+
+
 def _is_trusted(module_name: str | None) -> bool:
     root = (module_name or "").partition(".")[0]
     return root in _TRUSTED or root in sys.stdlib_module_names or root.startswith("namedtuple_")
@@ -92,6 +105,7 @@ class Watch:
 
     Attributes:
         tensors: the parameters and buffers, each once.
+        code: classes, modules and functions that are held.
         kinds: the classes of the modules, and what these inherit from.
         reaches_outside: whether an attribute that is no library's refers to a module outside.
 
@@ -113,6 +127,10 @@ class Watch:
         sized: list[Any] = []
         children: list[Any] = []
         slots: dict[int, tuple[dict[str, Any], str]] = {}
+        self._aliases: list[tuple[dict[str, Any], str, dict[str, Any], str]] = []
+        self._absent: list[tuple[dict[str, Any], str]] = []
+        self.code: list[Any] = []
+        self._states = [(module.__dict__, list(module.__dict__)) for module in self.modules]
         for module in self.modules:
             state = module.__dict__
             sized.append(state)
@@ -126,7 +144,9 @@ class Watch:
                 children.append(child)
             for kind in ("_parameters", "_buffers"):
                 for name, tensor in state[kind].items():
-                    if tensor is not None:
+                    if tensor is None:
+                        self._absent.append((state[kind], name))
+                    else:
                         self._watch_tensor(state[kind], name, slots)
             self._watch_attributes(module, state)
         self._children = children
@@ -153,6 +173,9 @@ class Watch:
             [container for container, before in self._containers if isinstance(before, dict)],
             list(itertools.chain.from_iterable(map(_VALUES, mappings))),
         )
+        columns = [list(column) for column in zip(*self._aliases)] or [[], [], [], []]
+        self._firsts, self._others = columns[:2], columns[2:]
+        self._gaps = [list(column) for column in zip(*self._absent)] or [[], []]
         self._likes = _likes(self.tensors)
 
     def covers(self, thing: Any) -> bool:
@@ -170,7 +193,12 @@ class Watch:
     def _watch_tensor(self, holder: dict[str, Any], name: str, slots: dict[int, tuple[dict[str, Any], str]]) -> None:
         """Give a tensor a slot, and those that a frozen weight of torchao's holds: it is these that recordings see."""
         tensor = holder[name]
-        slots.setdefault(id(tensor), (holder, name))
+        first = slots.setdefault(id(tensor), (holder, name))
+        if first[0] is not holder or first[1] != name:
+            self._aliases.append((*first, holder, name))
+        if attributes_of(tensor):
+            self._attributes.append((holder, name, tensor))
+            self._watch(tensor.__dict__, f"{type(tensor).__name__} {name}", 1)
         if tensor.requires_grad or not compat.is_weight_only(tensor):
             return self._check_tensor(tensor)
         inside, settings = tensor.__tensor_flatten__()
@@ -188,7 +216,7 @@ class Watch:
         self._seen.add(id(kind))
         self._containers.append((vars(kind), _copy(vars(kind))))
         for name, thing in vars(kind).items():
-            if isinstance(thing, _CONTAINERS) and not name.startswith("__"):
+            if not (name.startswith(("__", "_abc_")) or isinstance(thing, (*_DESCRIPTORS, types.FunctionType))):
                 self._watch(thing, f"{kind.__name__}.{name}", 1)
 
     def _check_tensor(self, tensor: Tensor) -> None:
@@ -203,6 +231,8 @@ class Watch:
             raise Untraceable(f"the forward method of its {type(module).__name__} was replaced")
         for name in names:
             self._attributes.append((state, name, state[name]))
+            if isinstance(state[name], _CODE):
+                self.code.append(state[name])
             if name not in plain:
                 self._watch(state[name], f"{type(module).__name__}.{name}", 0)
 
@@ -211,9 +241,13 @@ class Watch:
         if isinstance(thing, nn.Module):
             self.reaches_outside |= self._holder_is_users and id(thing) not in self._inside
             return
+        if isinstance(thing, _CODE):
+            self.code.append(thing)
         if type(thing) in PLAIN or isinstance(thing, (*_CODE, enum.Enum)) or id(thing) in self._seen:
             return
         self._seen.add(id(thing))
+        if isinstance(thing, weakref.ReferenceType):
+            return self._watch(thing(), where, depth) if self._holder_is_users else None
         if isinstance(thing, types.MethodType):
             return self._watch(thing.__self__, where, depth)
         if isinstance(thing, functools.partial):
@@ -228,6 +262,9 @@ class Watch:
             inside = [*thing.keys(), *thing.values()] if isinstance(thing, _MAPPINGS) else list(thing)
             if not isinstance(thing, (tuple, frozenset)):
                 self._containers.append((thing, _copy(thing)))
+            if hasattr(thing, "__dict__"):  # of a class derived from them
+                self._containers.append((thing.__dict__, _copy(thing.__dict__)))
+                inside += thing.__dict__.values()
         elif type(thing).__module__ == "_thread" or _is_trusted(type(thing).__module__):
             # configurations and the like of libraries: what they hold themselves
             if _hides_its_state(thing):
@@ -235,7 +272,8 @@ class Watch:
             inside = list(getattr(thing, "__dict__", {}).values())
             if hasattr(thing, "__dict__"):
                 self._containers.append((thing.__dict__, _copy(thing.__dict__)))
-            inside = [x for x in inside if isinstance(x, (list, dict, set)) or type(x).__name__.endswith("Config")]
+            if type(thing).__module__.partition(".")[0] not in sys.stdlib_module_names:
+                inside = [x for x in inside if isinstance(x, (list, dict, set)) or type(x).__name__.endswith("Config")]
         elif hasattr(thing, "__dict__") and not hasattr(type(thing), "__slots__"):
             inside = list(vars(thing).values())
             self._containers.append((vars(thing), _copy(vars(thing))))
@@ -252,7 +290,10 @@ class Watch:
             return False
         if list(map(type, self.modules)) != self._types:
             return False
-        if not all(map(operator.is_, map(operator.getitem, self._holders, self._names), self._children)):
+        try:
+            if not all(map(operator.is_, map(operator.getitem, self._holders, self._names), self._children)):
+                return False
+        except KeyError:
             return False
         if [module.training for module in self.modules] != self._training:
             return False
@@ -269,8 +310,36 @@ class Watch:
                 return False
         if list(map(_FORWARD, self._kinds)) != self._forwards:
             return False
-        self.tensors = self._read()
-        return _likes(self.tensors) == self._likes
+        try:
+            self.tensors = self._read()
+            return (
+                _likes(self.tensors) == self._likes
+                and all(map(operator.is_, map(operator.getitem, *self._firsts), map(operator.getitem, *self._others)))
+                and all(map(operator.is_, map(operator.getitem, *self._gaps), itertools.repeat(None)))
+            )
+        except (KeyError, AttributeError):  # it is gone, or no tensor
+            return False
+
+    def put_back(self) -> None:
+        """Undo what code that ran on tensors without values has left in the modules."""
+        for module, training in zip(self.modules, self._training):
+            module.training = training
+        for (holder, name), tensor in zip(self._slots, self.tensors):
+            holder[name] = tensor
+        for first, name, holder, alias in self._aliases:
+            holder[alias] = first[name]
+        for holder, name in self._absent:
+            holder[name] = None
+        for state, names in self._states:
+            for name in set(state).difference(names):
+                del state[name]
+        for state, name, expected in self._attributes:
+            state[name] = expected
+        for container, before in self._containers:
+            if _equal(container, before) or isinstance(container, types.MappingProxyType):
+                continue
+            container.clear()
+            (container.update if isinstance(container, (dict, set)) else container.extend)(before)
 
     def _is_untouched(self) -> bool:
         """Whether attributes and containers hold the very same things: the common case, at the speed of C."""
@@ -310,10 +379,11 @@ class Watch:
                 return x.__func__, relative(x.__self__)
             if isinstance(x, functools.partial):
                 return x.func, relative(list(x.args)), relative(x.keywords)
+            own = relative(vars(x), depth + 1) if isinstance(x, _CONTAINERS) and hasattr(x, "__dict__") else None
             if isinstance(x, dict):
-                return tuple((relative(k), relative(v, depth + 1)) for k, v in x.items())
+                return own, tuple((relative(k), relative(v, depth + 1)) for k, v in x.items())
             if isinstance(x, (list, tuple, set, frozenset)):
-                return type(x), tuple(relative(i, depth + 1) for i in x)
+                return type(x), own, tuple(relative(i, depth + 1) for i in x)
             if type(x) in PLAIN or isinstance(x, _CODE):
                 return type(x), x
             if depth > 4 or id(x) in described_already or isinstance(x, Tensor):
@@ -325,7 +395,7 @@ class Watch:
 
         def held(tensor: Tensor | None) -> Any:
             if tensor is None or not compat.is_weight_only(tensor):
-                return number.get(id(tensor))
+                return number.get(id(tensor)), relative({} if tensor is None else attributes_of(tensor))
             inside, settings = tensor.__tensor_flatten__()
             return type(tensor), [number[id(tensor.__dict__[part])] for part in inside], relative(settings)
 
@@ -349,8 +419,10 @@ class Watch:
         return described, self._forwards, self._likes
 
 
-def _likes(tensors: Sequence[Tensor]) -> tuple[list[Any], list[Any]]:
-    return list(map(_LIKE, tensors)), list(map(_STRIDE, tensors))
+def _likes(tensors: Sequence[Tensor]) -> tuple[list[Any], ...]:
+    return (
+        list(map(type, tensors)), list(map(_LIKE, tensors)), list(map(_STRIDE, tensors)), list(map(len, map(_DICT, tensors)))
+    )  # fmt: skip
 
 
 class _Same:
@@ -370,6 +442,7 @@ _VALUES = operator.methodcaller("values")
 _FORWARD = operator.attrgetter("forward")
 _LIKE = operator.attrgetter("requires_grad", "dtype", "device", "shape")
 _STRIDE = operator.methodcaller("stride")
+_DICT = operator.attrgetter("__dict__")
 _MAPPINGS = (dict, types.MappingProxyType)
 
 
@@ -392,7 +465,7 @@ def _equal(container: Any, before: Any) -> bool:
 
 def _hides_its_state(thing: Any) -> bool:
     """Whether a library's object may change where nobody can look: generators of random numbers, iterators, arrays."""
-    if isinstance(thing, random.Random):
+    if isinstance(thing, random.Random) or any(kind.__module__ == "_ctypes" for kind in type(thing).__mro__):
         return True
     if hasattr(thing, "__dict__") or type(thing) is object or isinstance(thing, _SETTLED):
         return False
@@ -414,7 +487,7 @@ class Observation:
     globals or variables of enclosing functions, nor read any that may change without notice.
 
     Attributes:
-        is_of_somebody: whether code other than libraries' ran.
+        code: the code other than libraries' that ran.
     """
 
     def __init__(self) -> None:
@@ -424,8 +497,8 @@ class Observation:
         self._random, self._numpy = random.getstate(), _numpy_state()
 
     @property
-    def is_of_somebody(self) -> bool:
-        return bool(self._frames)
+    def code(self) -> frozenset[types.CodeType]:
+        return frozenset(self._frames)
 
     def __enter__(self) -> "Observation":
         self._random, self._numpy = random.getstate(), _numpy_state()
@@ -436,6 +509,8 @@ class Observation:
             if event == "c_call" and argument in _OUTWARD and not _is_trusted(frame.f_globals.get("__name__")):
                 self._calls.append(argument.__name__)
             if event == "call" and (code := frame.f_code) not in seen:
+                if code is _LOGS:
+                    return self._note_logging(frame)
                 seen.add(code)
                 if not _is_trusted(frame.f_globals.get("__name__")):
                     found[code] = (frame.f_globals, {name: frame.f_locals.get(name) for name in code.co_freevars})
@@ -449,6 +524,17 @@ class Observation:
         sys.setprofile(self._outer)
         if self._collects:
             gc.enable()
+
+    def _note_logging(self, frame: types.FrameType | None) -> None:
+        while frame is not None and frame.f_globals.get("__name__") == "logging":
+            frame = frame.f_back
+        if frame is not None and not _is_trusted(frame.f_globals.get("__name__")):
+            self._calls.append("log")
+
+    @property
+    def hooks_gradients(self) -> bool:
+        """Whether code other than libraries' may have put hooks on tensors."""
+        return any("register_hook" in code.co_names for code in self._frames)
 
     def names(self) -> set[str] | None:
         """All names of attributes, and strings, in the code that ran; None if somebody's computes such names."""
@@ -471,10 +557,12 @@ class Observation:
         if self._calls:
             raise Untraceable(f"its code calls {self._calls[0]}()")
         read: list[tuple[dict[str, Any], str, Any]] = []
-        holders: list[Any] = []
+        holders = list(watch.code) if self._frames else []
         for code, (names, closure) in self._frames.items():
             if not {"environ", "getenv"}.isdisjoint(code.co_names):
                 raise Untraceable("its code reads environment variables")
+            if drawn := _GENERATORS.intersection(code.co_names):
+                raise Untraceable(f"its code has random generators of its own ({min(drawn)})")
             for instruction in dis.get_instructions(code):
                 operation, name = instruction.opname, instruction.argval
                 if operation in ("STORE_GLOBAL", "DELETE_GLOBAL") or (
@@ -532,7 +620,10 @@ def _computes_names(code: types.CodeType) -> bool:
         if instruction.argval not in ("getattr", "hasattr") or not instruction.opname.startswith("LOAD_"):
             continue
         given = False  # as a constant
-        for argument in itertools.takewhile(lambda i: not i.opname.startswith("CALL"), instructions):
+        for argument in instructions:
+            if argument.opname.startswith("CALL"):
+                given &= argument.arg >= 2  # or else it is handed to something else
+                break
             if not argument.opname.startswith(("LOAD_", "PUSH_NULL", "PRECALL", "CACHE")):
                 return True
             given |= argument.opname == "LOAD_CONST" and isinstance(argument.argval, str)
