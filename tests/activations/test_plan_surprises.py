@@ -18,7 +18,7 @@ from peft_s2a.activations.wrap import unplanned
 
 
 WIDTH = 16
-SIZES = (6, 6, 6, 4, 6)
+SIZES = (6, 6, 6, 4, 6, 2)
 
 
 class Block(nn.Module):
@@ -53,9 +53,9 @@ def step_of(model, x, run):
     return y.detach(), torch.cat([g.flatten() for g in gradients])
 
 
-def check(kind, tiles, run=lambda model, x: model(x), trained="bias"):
+def check(kind, tiles, run=lambda model, x: model(x), trained="bias", depth=2):
     torch.manual_seed(0)
-    stock = nn.Sequential(kind(), kind()).train()
+    stock = nn.Sequential(*(kind() for _ in range(depth))).train()
     for name, parameter in stock.named_parameters():
         parameter.requires_grad = trained in name
     quantized = quantize_activations(copy.deepcopy(stock), {"bits": 8, "mlp_tiles": tiles})
@@ -187,11 +187,12 @@ class StopsHalfway(Block):
         self.dropout = nn.Dropout(0.5)
 
     def forward(self, x):
+        before = self.dropout.training
         self.dropout.eval()
         target = self.dropout(self.mlp(x)).detach()
         if target.abs().max() > 1e4:
             target = target.clamp(-1e4, 1e4)
-        self.dropout.train()
+        self.dropout.train(before)
         return x + self.dropout(self.mlp(x)) + 0.1 * target
 
     def left(self):
@@ -307,6 +308,10 @@ class ADictWithAttributes(OfItsClass):
         self.schedule = State()
 
 
+class Scaled(nn.GELU):
+    gain = 1.0
+
+
 class ReducedNames(Block):
     """Blocks that differ in an attribute whose name is put together."""
 
@@ -315,7 +320,8 @@ class ReducedNames(Block):
     def __init__(self):
         super().__init__()
         ReducedNames.number += 1
-        self.act.gain = float(ReducedNames.number % 2)
+        self.act = Scaled()
+        self.act.gain = 1.0 + 2 * (ReducedNames.number % 2)
 
     def factor(self):
         return functools.reduce(getattr, "act.gain".split("."), self)
@@ -414,7 +420,7 @@ class Centred(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        return 2 * gradient - gradient.mean(0, keepdim=True)
+        return gradient - gradient.mean(0, keepdim=True)
 
 
 class CentresGradients(Block):
@@ -454,7 +460,7 @@ def test_steps_are_stock(kind, tiles):
     for holder in (BANK, Schedule, AModule.schedule, AClass.schedule, OfItsClass.schedule):
         holder.value = holder.temperature = 1.0
     positions.cache_clear()
-    check(kind, tiles)
+    check(kind, tiles, depth=3 if kind is ReducedNames else 2)  # the first one's argument has no gradient
 
 
 class ReturnsTheBatchSize(Block):
