@@ -112,6 +112,8 @@ class BatchNormLayer(BiasLayer):
         base_layer = self.get_base_layer()
         statistics = self._own_statistics(adapter_name)
         if sign > 0:
+            if any(self._replaced.values()):  # as without merging, those of the first adapter count
+                statistics = {}
             self._replaced[adapter_name] = {name: getattr(base_layer, name).clone() for name in statistics}
         else:
             statistics = self._replaced.pop(adapter_name)

@@ -61,6 +61,7 @@ class S2AModel(BaseTuner):
         # On the instance: PEFT wants the prefix of a registered class to be its type's name, and this class serves
         # four.
         self.__dict__["prefix"] = PREFIX
+        self.__dict__["_quantization"] = None  # what was last asked for, by an adapter
         super().__init__(model, *args, **kwargs)
 
     # Injection: everything is decided, and refused, before the model is changed.
@@ -108,8 +109,7 @@ class S2AModel(BaseTuner):
         try:
             super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
             self._join_ladder(config)
-            if config.activation_quantization is not None:
-                quantize_activations(self.model, config.activation_quantization)
+            self._quantize_activations(has_new_layers=True)
         except Exception:
             self._discard_adapter(adapter_name)
             for parameter, required_grad in requires_grad.items():
@@ -307,16 +307,24 @@ class S2AModel(BaseTuner):
         except NotImplementedError:  # detectors, which have no input embeddings that anything could be tied to
             return []
 
-    @property
-    def _quantizes_activations(self) -> bool:
-        return any(config.activation_quantization is not None for config in self.peft_config.values())
-
     def delete_adapter(self, adapter_name: str) -> None:
-        """Deletes an adapter; see `BaseTuner.delete_adapter`. Activations stay quantised while an adapter wants it."""
-        did_quantize = self._quantizes_activations
+        """Deletes an adapter; see `BaseTuner.delete_adapter`. Activations are quantised as those want that are active then."""
         super().delete_adapter(adapter_name)
-        if did_quantize and not self._quantizes_activations:
+        self._quantize_activations()
+
+    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Activates adapters; see `BaseTuner.set_adapter`. Activations are quantised as the first of them wants that wants it."""
+        super().set_adapter(*args, **kwargs)
+        self._quantize_activations()
+
+    def _quantize_activations(self, has_new_layers: bool = False) -> None:
+        configs = filter(None, map(self.peft_config.get, self.active_adapters))
+        wanted = next((c.activation_quantization for c in configs if c.activation_quantization is not None), None)
+        if wanted is not None and (has_new_layers or wanted != self._quantization):
+            quantize_activations(self.model, wanted)
+        elif wanted is None and self._quantization is not None:
             restore_activations(self.model)
+        self._quantization = wanted
 
     def _layers(self) -> list[S2ALayer]:
         return [module for module in self.model.modules() if isinstance(module, S2ALayer)]
@@ -369,7 +377,7 @@ class S2AModel(BaseTuner):
     ) -> nn.Module:
         if merge:
             self.merge_adapter(adapter_names, safe_merge=safe_merge)
-        if self._quantizes_activations:
+        if self._quantization is not None:
             restore_activations(self.model)
         self._detach_layers()
         for layer in self._layers():

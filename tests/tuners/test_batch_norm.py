@@ -249,6 +249,20 @@ class TestLive:
             model(images).logits.float().sum().backward()
         assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
+    def test_of_two_adapters_the_first_ones_count_merged_or_not(self):
+        config = S2ABiasConfig(freeze_batch_norm_stats=False, modules_to_save=[])
+        model = get_peft_model(families.build("resnet"), config, adapter_name="one")
+        train(model, "resnet")
+        model.add_adapter("two", config)
+        model.set_adapter("two")
+        train(model, "resnet", steps=6)
+        model.base_model.set_adapter(["one", "two"])
+        expected = eval_logits(model, "resnet")
+        model.base_model.merge_adapter()
+        torch.testing.assert_close(eval_logits(model, "resnet"), expected)
+        model.base_model.unmerge_adapter()
+        torch.testing.assert_close(eval_logits(model, "resnet"), expected)
+
     def test_they_survive_compilation(self):
         images = families.batch("resnet")[0]
         config = S2ABiasConfig(freeze_batch_norm_stats=False, activation_quantization=None)

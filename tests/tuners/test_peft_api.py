@@ -287,6 +287,35 @@ class TestAdapterNames:
         assert torch.equal(logits(model), expected)
 
 
+class TestQuantisation:
+    """Activations are quantised as the active adapter wants, whichever was added last."""
+
+    @staticmethod
+    def bits(model):
+        settings = [m._activation_settings for m in model.modules() if hasattr(m, "_activation_settings")]
+        return {s.config.bits for s in settings}
+
+    def test_follows_the_active_adapter(self):
+        model = get_peft_model(base_model(), S2AConfig(activation_quantization={"bits": 8}), adapter_name="one")
+        model.add_adapter("two", S2AConfig(activation_quantization={"bits": 2}))
+        assert self.bits(model) == {8}
+        model.set_adapter("two")
+        assert self.bits(model) == {2}
+        model.set_adapter("one")
+        model.delete_adapter("two")
+        assert self.bits(model) == {8}
+
+    def test_is_none_where_the_active_adapter_wants_none(self, tmp_path):
+        get_peft_model(base_model(), S2AConfig()).save_pretrained(tmp_path)
+        model = get_peft_model(base_model(), S2AConfig(activation_quantization=None), adapter_name="one")
+        model.load_adapter(tmp_path, "two")
+        assert self.bits(model) == set()
+        model.set_adapter("two")
+        assert self.bits(model) == {4}
+        model.set_adapter("one")
+        assert self.bits(model) == set()
+
+
 def assert_equal_but_for_rounding(found, expected):
     """Merged weights add up in another order, by how much other depends on the processor."""
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
