@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import pytest
 import torch
@@ -193,11 +193,13 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
 LIKE_ANOTHER = {"deit", "dinov2", "siglip", "clip", "swinv2", "pvt", "timm_vit", "timm_resnet", "timm_convnext"}
 
 
-def each_in(first: str, *others: str, names: Iterable[str] = FAMILIES) -> list:
-    """Parameters (family, way) for `pytest.mark.parametrize`: every family in every way, those that are `LIKE_ANOTHER` in
-    the first one only where slow tests are left out."""
+def each_in(first: str, *others: str, names: Iterable[str] = FAMILIES, slow: Collection[str] = ()) -> list:
+    """Parameters (family, way) for `pytest.mark.parametrize`: every family in every way. Where slow tests are left out
+    those that are `LIKE_ANOTHER` are there in the first way only, and those of ``slow`` in none."""
     return [
-        pytest.param(name, way, marks=pytest.mark.slow if name in LIKE_ANOTHER and way != first else ())
+        pytest.param(
+            name, way, marks=pytest.mark.slow if name in slow or (name in LIKE_ANOTHER and way != first) else ()
+        )
         for name in names
         for way in (first, *others)
     ]

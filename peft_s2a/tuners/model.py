@@ -62,6 +62,7 @@ class S2AModel(BaseTuner):
         # four.
         self.__dict__["prefix"] = PREFIX
         self.__dict__["_quantization"] = None  # what was last asked for, by an adapter
+        self.__dict__["_is_injecting"] = False
         super().__init__(model, *args, **kwargs)
 
     # Injection: everything is decided, and refused, before the model is changed.
@@ -106,6 +107,7 @@ class S2AModel(BaseTuner):
             names = {name for targets in config.structure_targets.values() for name in targets}
             state_dict = dict.fromkeys(f"{name}.{PREFIX}" for name in names)
         requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
+        self._is_injecting = True
         try:
             super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
             self._join_ladder(config)
@@ -115,6 +117,8 @@ class S2AModel(BaseTuner):
             for parameter, required_grad in requires_grad.items():
                 parameter.requires_grad = required_grad
             raise
+        finally:
+            self._is_injecting = False
 
     def _create_and_replace(
         self,
@@ -315,7 +319,8 @@ class S2AModel(BaseTuner):
     def set_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Activates adapters; see `BaseTuner.set_adapter`. Activations are quantised as the first of them wants that wants it."""
         super().set_adapter(*args, **kwargs)
-        self._quantize_activations()
+        if not self._is_injecting:  # which may still fail, and then leaves nothing quantised
+            self._quantize_activations()
 
     def _quantize_activations(self, has_new_layers: bool = False) -> None:
         configs = filter(None, map(self.peft_config.get, self.active_adapters))

@@ -106,7 +106,6 @@ LARGER = {"levit": 64, "mobilevit": 64, "timm_swin": 32, "timm_eva": 28}
 ALL = [*FAMILIES, *MORE]
 # Of these hardly two blocks are alike, so that recording them for two sizes takes long.
 MANY_PLANS = {"mobilevit", "timm_swin", "timm_resnet", "timm_efficientnet"}
-FEW_PLANS = [name for name in ALL if name not in MANY_PLANS]
 IN_TILES = [pytest.param(name, marks=pytest.mark.slow if name in MANY_PLANS else ()) for name in ALL]
 
 
@@ -167,17 +166,7 @@ class TestFamilies:
         for one, other in zip(model.buffers(), twin.buffers()):
             assert torch.equal(one, other)
 
-    @pytest.mark.parametrize(
-        ("name", "tuned"),
-        [
-            *each_in("everything", "biases", names=FEW_PLANS),
-            *(
-                pytest.param(name, how, marks=pytest.mark.slow)
-                for name in MANY_PLANS
-                for how in ("everything", "biases")
-            ),
-        ],
-    )
+    @pytest.mark.parametrize(("name", "tuned"), each_in("everything", "biases", names=ALL, slow=MANY_PLANS))
     def test_gradients_are_faithful_in_tiles(self, name, tuned):
         model, images, labels = model_and_batch(name)
         model = tune_biases(model) if tuned == "biases" else model.train()

@@ -60,8 +60,12 @@ def kept_dtypes(model, images):
 
 # torch cannot export transformers' Swin to ONNX, with or without this package
 @pytest.mark.parametrize(
-    ("method", "family"), [("s2a", "vit"), pytest.param("s2a", "resnet", marks=pytest.mark.slow), ("full", "dinov2")]
-)
+    ("method", "family"),
+    [
+        ("s2a", "vit"), ("full", "dinov2"), pytest.param("s2a", "resnet", marks=pytest.mark.slow),
+        pytest.param("ladder", "vit", marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 def test_onnx_computes_the_same(method, family, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     model, (images, _) = adapted(method, family), families.batch(family)

@@ -36,7 +36,7 @@ from peft import (
 )
 from torch import nn
 
-from peft_s2a import ActivationQuantizationConfig, S2ABiasConfig, S2AConfig, S2ASideConfig
+from peft_s2a import ActivationQuantizationConfig, S2ABiasConfig, S2AConfig, S2AModel, S2ASideConfig
 from peft_s2a.tuners.layer import AttachedLayer
 
 
@@ -304,6 +304,16 @@ class TestQuantisation:
         model.set_adapter("one")
         model.delete_adapter("two")
         assert self.bits(model) == {8}
+
+    def test_is_not_left_by_an_injection_that_fails(self, monkeypatch):
+        def fail(*_):
+            raise ValueError("no ladder here")
+
+        monkeypatch.setattr(S2AModel, "_join_ladder", fail)
+        base = base_model()
+        with pytest.raises(ValueError, match="no ladder here"):
+            get_peft_model(base, S2AConfig())
+        assert self.bits(base) == set()
 
     def test_is_none_where_the_active_adapter_wants_none(self, tmp_path):
         get_peft_model(base_model(), S2AConfig()).save_pretrained(tmp_path)

@@ -226,15 +226,11 @@ class Watch:
     def _watch_attributes(self, module: nn.Module, state: dict[str, Any]) -> None:
         self._holder_is_users = not _is_trusted(type(module).__module__)
         names = [name for name in state if name not in _OWN]
-        plain = [name for name in names if type(state[name]) in PLAIN or isinstance(state[name], (*_CODE, enum.Enum))]
         if "forward" in names:
             raise Untraceable(f"the forward method of its {type(module).__name__} was replaced")
         for name in names:
             self._attributes.append((state, name, state[name]))
-            if isinstance(state[name], _CODE):
-                self.code.append(state[name])
-            if name not in plain:
-                self._watch(state[name], f"{type(module).__name__}.{name}", 0)
+            self._watch(state[name], f"{type(module).__name__}.{name}", 0)
 
     def _watch(self, thing: Any, where: str, depth: int) -> None:
         """Write down what ``thing``, which may change in place, holds."""
