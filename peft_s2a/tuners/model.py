@@ -61,7 +61,7 @@ class S2AModel(BaseTuner):
         # On the instance: PEFT wants the prefix of a registered class to be its type's name, and this class serves
         # four.
         self.__dict__["prefix"] = PREFIX
-        self.__dict__["_quantization"] = None  # what was last asked for, by an adapter
+        self.__dict__["_activation_config"] = None  # what was last asked for, by an adapter
         self.__dict__["_is_injecting"] = False
         super().__init__(model, *args, **kwargs)
 
@@ -325,11 +325,11 @@ class S2AModel(BaseTuner):
     def _quantize_activations(self, has_new_layers: bool = False) -> None:
         configs = filter(None, map(self.peft_config.get, self.active_adapters))
         wanted = next((c.activation_quantization for c in configs if c.activation_quantization is not None), None)
-        if wanted is not None and (has_new_layers or wanted != self._quantization):
+        if wanted is not None and (has_new_layers or wanted != self._activation_config):
             quantize_activations(self.model, wanted)
-        elif wanted is None and self._quantization is not None:
+        elif wanted is None and self._activation_config is not None:
             restore_activations(self.model)
-        self._quantization = wanted
+        self._activation_config = wanted
 
     def _layers(self) -> list[S2ALayer]:
         return [module for module in self.model.modules() if isinstance(module, S2ALayer)]
@@ -382,7 +382,7 @@ class S2AModel(BaseTuner):
     ) -> nn.Module:
         if merge:
             self.merge_adapter(adapter_names, safe_merge=safe_merge)
-        if self._quantization is not None:
+        if self._activation_config is not None:
             restore_activations(self.model)
         self._detach_layers()
         for layer in self._layers():
