@@ -110,6 +110,7 @@ __all__ = [
     "replace_cards",
     "replace_loading",
     "replace_recomputed",
+    "resident",
     "sequence_number",
     "snapshot",
     "transform_in_force",
@@ -155,6 +156,31 @@ def remove_forward_hooks(module: nn.Module, owner: Any) -> None:
             del hooks[key]
             for option in options:
                 option.pop(key, None)
+
+
+def resident(module: nn.Module, name: str) -> torch.Tensor | None:
+    """A parameter or buffer of ``module`` with its values, to be read outside of the calls of ``module``: accelerate's
+    `cpu_offload` and `dispatch_model` leave tensors without values there, and hooks that fetch them for a call.
+
+    Raises:
+        RuntimeError: if a trained parameter was offloaded and the module is in training mode: what is fetched is a copy,
+            and its gradient would be lost.
+    """
+    tensor = getattr(module, name)
+    return _fetched(module, name, tensor) if tensor is not None and tensor.is_meta else tensor
+
+
+def _fetched(module: nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    hook = getattr(module, "_hf_hook", None)
+    for one in getattr(hook, "hooks", (hook,)):
+        if getattr(one, "weights_map", None) is not None:
+            if tensor.requires_grad and module.training and torch.is_grad_enabled():
+                raise RuntimeError(
+                    f"accelerate has offloaded {name!r}, which is trained, and only lends out copies, whose gradients would "
+                    "be lost. Offloaded models are for inference: call `model.eval()`, or keep the adapter on the device."
+                )
+            return one.weights_map[name].to(one.execution_device)
+    return tensor  # of a model on the meta device
 
 
 DOWNLOAD_ARGUMENTS = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download", "proxies")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from peft_s2a.compat import BufferDict
+from peft_s2a.compat import BufferDict, resident
 from peft_s2a.tuners.bias import BiasLayer
 from peft_s2a.tuners.layer import AttachedLayer
 
@@ -89,7 +89,7 @@ class BatchNormLayer(BiasLayer):
 
     def _own_statistics(self, adapter_name: str) -> dict[str, torch.Tensor]:
         return {
-            name: getattr(self, own_name)[adapter_name]
+            name: resident(getattr(self, own_name), adapter_name)
             for name, own_name in self.statistics.items()
             if adapter_name in getattr(self, own_name)
         }
@@ -102,7 +102,7 @@ class BatchNormLayer(BiasLayer):
         if statistics is not None:
             tensors.update(statistics)
             for name in ("weight", "bias"):
-                value = tensors.get(name, getattr(self.base_layer, name))
+                value = tensors[name] if name in tensors else resident(self.base_layer, name)
                 if value is not None:  # torch wants it of the statistics' dtype; PEFT keeps an adapter's in float32
                     tensors[name] = value.to(statistics["running_mean"].dtype)
         return tensors, offset

@@ -10,7 +10,7 @@ from torch import nn
 from torch.func import functional_call
 
 from peft_s2a.anatomy import BATCH_NORMS, CONVOLUTIONS, NORMALISATIONS, is_normalisation, output_width
-from peft_s2a.compat import bits_of_bitsandbytes, has_global_module_hooks
+from peft_s2a.compat import bits_of_bitsandbytes, has_global_module_hooks, resident
 from peft_s2a.tuners.layer import S2ALayer
 
 
@@ -127,13 +127,13 @@ class BiasLayer(S2ALayer):
         """(the base module's tensors with their offsets, offset for its output: of a bias that does not go inside)."""
         base_layer = self._modules["base_layer"]
         tensors: dict[str, torch.Tensor] = {}
-        offset = _sum([self.s2a_bias[name] for name in adapters if name in self.s2a_bias])
+        offset = _sum([resident(self.s2a_bias, name) for name in adapters if name in self.s2a_bias])
         if offset is not None and bias_inside:
-            tensors["bias"] = (base_layer.bias + offset).to(base_layer.bias.dtype)
+            tensors["bias"] = (resident(base_layer, "bias") + offset).to(base_layer.bias.dtype)
             offset = None
-        scale = _sum([self.s2a_scale[name] for name in adapters if name in self.s2a_scale])
+        scale = _sum([resident(self.s2a_scale, name) for name in adapters if name in self.s2a_scale])
         if scale is not None:
-            tensors["weight"] = (base_layer.weight + scale).to(base_layer.weight.dtype)
+            tensors["weight"] = (resident(base_layer, "weight") + scale).to(base_layer.weight.dtype)
         return tensors, offset
 
     def _broadcast(self, offset: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
@@ -259,8 +259,11 @@ def _call_watched(
     parameters, as they would under any tuner, and what the others change is added to its output."""
     if not tensors.keys().isdisjoint(layer._buffers):  # statistics, which no second run may follow
         return _call_with(layer, tensors, args, kwargs, hooks=True)
-    buffers = {name: buffer.clone() for name, buffer in layer._buffers.items() if buffer is not None}
-    change = _call_with(layer, {**buffers, **tensors}, args, kwargs) - _call_with(layer, dict(buffers), args, kwargs)
+    own = {name: resident(layer, name).clone() for name, buffer in layer._buffers.items() if buffer is not None}
+    for name, parameter in layer._parameters.items():
+        if parameter is not None and parameter.is_meta:
+            own[name] = resident(layer, name)
+    change = _call_with(layer, {**own, **tensors}, args, kwargs) - _call_with(layer, dict(own), args, kwargs)
     return layer(*args, **kwargs) + change
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from peft_s2a.anatomy import input_width, projections
-from peft_s2a.compat import BufferDict
+from peft_s2a.compat import BufferDict, resident
 from peft_s2a.tuners.layer import AttachedLayer, as_tensor, first_tensor, with_first_tensor, with_tensor
 from peft_s2a.tuners.side import frozen_projection
 
@@ -81,7 +81,7 @@ class LadderRung(_LadderBase):
         if x.shape[-1] != width or (x.dim() > 3 and x.shape[1] == width and not isinstance(first, nn.Linear)):
             x = x.movedim(1, -1)
         for name in self.adapters_in_use():
-            self.in_flight[name] = F.linear(x, self.s2a_down[name].to(x.dtype))
+            self.in_flight[name] = F.linear(x, resident(self.s2a_down, name).to(x.dtype))
 
     def step(self, adapter_name: str, state: torch.Tensor | None) -> torch.Tensor | None:
         """The state behind this rung. `state` is the one before it, None at the first rung."""
@@ -89,11 +89,11 @@ class LadderRung(_LadderBase):
             return state
         features = self.in_flight.pop(adapter_name)
         rank = features.shape[-1]
-        features = features + _whole(self.s2a_shift[adapter_name], rank).to(features.dtype)
+        features = features + _whole(resident(self.s2a_shift, adapter_name), rank).to(features.dtype)
         if state is None:
             return self.activation(features)
         state = resample(state.to(features.dtype), features.shape[1:-1])
-        mix = _whole(self.s2a_mix[adapter_name], rank, rank).to(features.dtype)
+        mix = _whole(resident(self.s2a_mix, adapter_name), rank, rank).to(features.dtype)
         return state + self.activation(features + F.linear(state, mix))
 
 
@@ -189,7 +189,7 @@ class LadderTop(_LadderBase):
             state = None
             for rung in self._rungs:
                 state = rung.step(adapter_name, state)
-            up = _whole(self.s2a_up[adapter_name], self.width, state.shape[-1]).to(state.dtype)
+            up = _whole(resident(self.s2a_up, adapter_name), self.width, state.shape[-1]).to(state.dtype)
             up = up * self.scaling[adapter_name]
             self.in_flight[adapter_name] = F.linear(state.flatten(1, -2).mean(1), up)
         if adapter_name not in self.in_flight:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from peft_s2a.activations.operators import add_prompt_attention
+from peft_s2a.compat import resident
 from peft_s2a.tuners.layer import AttachedLayer, first_tensor, with_first_tensor
 
 
@@ -98,9 +99,8 @@ class PromptLayer(_PromptBase):
                 "`exclude_modules`, or train without the 'prompt' structure."
             )
         for name in adapters:
-            attended = add_prompt_attention(
-                attended, query, self.s2a_key[name], self.s2a_value[name], self.s2a_gate[name], self.num_heads
-            )
+            key, value, gate = (resident(held, name) for held in (self.s2a_key, self.s2a_value, self.s2a_gate))
+            attended = add_prompt_attention(attended, query, key, value, gate, self.num_heads)
         return with_first_tensor(args, kwargs, attended)
 
 
@@ -140,6 +140,6 @@ class InputPromptLayer(_PromptBase):
             return None
         images = first_tensor(args, kwargs)
         for name in adapters:
-            pattern = F.interpolate(self.s2a_pattern[name][None], size=images.shape[-2:], mode="bilinear")
+            pattern = F.interpolate(resident(self.s2a_pattern, name)[None], size=images.shape[-2:], mode="bilinear")
             images = images + pattern.to(images.dtype)
         return with_first_tensor(args, kwargs, images)

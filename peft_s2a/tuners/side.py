@@ -14,7 +14,7 @@ from torch import nn
 
 from peft_s2a.activations.operators import add_low_rank
 from peft_s2a.anatomy import ends, input_width, output_width, projections
-from peft_s2a.compat import BufferDict, is_quantized_weight
+from peft_s2a.compat import BufferDict, is_quantized_weight, resident
 from peft_s2a.parallelism import is_distributed
 from peft_s2a.tuners.bias import BiasLayer
 from peft_s2a.tuners.layer import AttachedLayer, as_tensor, first_tensor, with_tensor
@@ -206,8 +206,13 @@ class SideLayer(AttachedLayer):
 
     def _branch(self, x: torch.Tensor, y: torch.Tensor, adapter_name: str) -> torch.Tensor:
         """`y + s * U f(D x)` in the dtype of y. Weights are cast to the input's dtype, never the input to theirs."""
-        up = self.s2a_up[adapter_name].to(y.dtype)
-        hidden = self._project_down(x, y, self.s2a_down[adapter_name].to(x.dtype))
+        up, down = resident(self.s2a_up, adapter_name), resident(self.s2a_down, adapter_name)
+        if up.is_meta and not y.is_meta:  # torch's products would read memory that is not the tensor's
+            raise RuntimeError(
+                f"The side branch of {adapter_name!r} is on the meta device and has no values, but its module computes. "
+                "Load the adapter's weights first."
+            )
+        up, hidden = up.to(y.dtype), self._project_down(x, y, down.to(x.dtype))
         activation = "gelu" if self.has_activation[adapter_name] else None
         device = y.device.type  # autocast would round y
         with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
