@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from peft import PeftModel
 from torch import nn
 
 from peft_s2a import compat
@@ -135,4 +136,9 @@ def _with_card(upload: Callable) -> Callable:
 
 def write_cards() -> None:
     """Lets PEFT's and transformers' cards of S2A adapters say how to load them. Harmless if done already."""
-    compat.replace_cards(_with_section, _with_card)
+    compat.replace_methods(
+        {
+            (PeftModel, "create_or_update_model_card"): _with_section,
+            (compat.PushToHubMixin, "_upload_modified_files"): _with_card,
+        }
+    )

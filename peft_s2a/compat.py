@@ -6,13 +6,13 @@ Checked against torch 2.13.0, peft 0.21.2 and transformers 5.23.0.
 from __future__ import annotations
 
 import functools
+import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import PeftModel
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import _ExcludedModule as ExcludedModule
 from torch import nn
@@ -77,6 +77,8 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "OpOverload",
+    "PeftAdapterMixin",
+    "PushToHubMixin",
     "TorchDispatchMode",
     "TreeSpec",
     "WithoutKeys",
@@ -107,8 +109,7 @@ __all__ = [
     "pop_function_mode",
     "push_function_mode",
     "remove_forward_hooks",
-    "replace_cards",
-    "replace_loading",
+    "replace_methods",
     "replace_recomputed",
     "resident",
     "sequence_number",
@@ -188,37 +189,18 @@ DOWNLOAD_ARGUMENTS = ("revision", "token", "cache_dir", "subfolder", "local_file
 _GUARDED = "_guarded_by_s2a"
 
 
-def replace_loading(
-    peft_from_pretrained: Callable,
-    peft_load_adapter: Callable,
-    transformers_load_adapter: Callable,
-    transformers_delete_adapter: Callable,
-) -> None:
-    """Puts a function around each of the three ways to load an adapter, and around the one to delete an adapter that
-    asks no tuner: each argument takes the stock function and returns the new one. There is no other place to look at a
-    file before the model is changed."""
-    if getattr(PeftModel.load_adapter, _GUARDED, False):
-        return
-    from_pretrained = peft_from_pretrained(PeftModel.from_pretrained.__func__)
-    load_adapter = peft_load_adapter(PeftModel.load_adapter)
-    of_transformers = transformers_load_adapter(PeftAdapterMixin.load_adapter)
-    for function in (from_pretrained, load_adapter, of_transformers):
-        setattr(function, _GUARDED, True)
-    PeftModel.from_pretrained = classmethod(from_pretrained)
-    PeftModel.load_adapter = load_adapter
-    PeftAdapterMixin.load_adapter = of_transformers
-    PeftAdapterMixin.delete_adapter = transformers_delete_adapter(PeftAdapterMixin.delete_adapter)
-
-
-def replace_cards(create_card: Callable, upload: Callable) -> None:
-    """Puts a function around what writes the card of a `PeftModel`, and around what uploads a folder for
-    `push_to_hub`: each argument takes the stock function and returns the new one."""
-    if getattr(PeftModel.create_or_update_model_card, _GUARDED, False):
-        return
-    created = create_card(PeftModel.create_or_update_model_card)
-    setattr(created, _GUARDED, True)
-    PeftModel.create_or_update_model_card = created
-    PushToHubMixin._upload_modified_files = upload(PushToHubMixin._upload_modified_files)
+def replace_methods(replacements: Mapping[tuple[type, str], Callable[[Callable], Callable]]) -> None:
+    """Puts a function around methods of other libraries, once: {(class, name): what takes the stock function and returns
+    the new one}. Used where they offer no hook, and adapters of ours need one."""
+    for (cls, name), replace in replacements.items():
+        stock = inspect.getattr_static(cls, name)
+        is_classmethod = isinstance(stock, classmethod)
+        function = stock.__func__ if is_classmethod else stock
+        if getattr(function, _GUARDED, False):
+            continue
+        new = replace(function)
+        setattr(new, _GUARDED, True)
+        setattr(cls, name, classmethod(new) if is_classmethod else new)
 
 
 def transform_in_force() -> str | None:

@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from peft.utils import ModulesToSaveWrapper, load_peft_weights
 from torch import nn
 
 from peft_s2a import compat
-from peft_s2a.activations.wrap import restore_activations
+from peft_s2a.activations.config import ActivationQuantizationConfig
+from peft_s2a.activations.wrap import quantize_activations, restore_activations
+from peft_s2a.anatomy.heads import EXACTLY
 from peft_s2a.config import _S2ABaseConfig
-from peft_s2a.tuners.batch_norm import BatchNormLayer
+from peft_s2a.tuners.batch_norm import BatchNormLayer, following_its_host
 from peft_s2a.tuners.layer import S2ALayer, aligned
 from peft_s2a.tuners.structures import PARAMETER_NAMES
 from peft_s2a.tuners.targets import find_task_heads
@@ -44,7 +46,7 @@ def check_tensors(tensors: Mapping[str, torch.Tensor], heads: Iterable[str]) -> 
         ValueError: if a tensor is neither an S2A parameter nor part of such a module, or has NaN, infinity or a dtype
             that weights do not have.
     """
-    heads = tuple(heads)
+    heads = tuple(head.removeprefix(EXACTLY) for head in heads)
     foreign = [key for key in tensors if not _belongs(key, heads)]
     if foreign:
         raise ValueError(
@@ -196,8 +198,9 @@ def _guard_transformers_load_adapter(load: Callable) -> Callable:
         if tensors is None and name is not None:
             tensors = load_peft_weights(name, device="cpu", **download)
             kwargs["use_safetensors"] = True  # the file that has just been looked at
-        heads = find_task_heads(self) if config.modules_to_save is None else config.modules_to_save
-        check_tensors(tensors or {}, heads)
+        check_tensors(
+            tensors or {}, find_task_heads(self) if config.modules_to_save is None else config.modules_to_save
+        )
         with unchanged_on_failure(self):
             loaded = load(self, *args, **kwargs)
         _align(self)
@@ -218,29 +221,52 @@ def _align(model: nn.Module) -> None:
             tensor.data = aligned(tensor.data)
 
 
-def _restoring_activations(delete: Callable) -> Callable:
-    @functools.wraps(delete)
-    def delete_adapter(self: nn.Module, *args: Any, **kwargs: Any) -> None:
-        did_quantize = _quantizes(self)
-        delete(self, *args, **kwargs)
-        if did_quantize and not _quantizes(self):
+def _following_the_active(change: Callable) -> Callable:
+    """Around what changes which adapters of a transformers model are active: activations are quantised as these want."""
+
+    @functools.wraps(change)
+    def changed(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        was_asked = any(_quantizations(self, getattr(self, "peft_config", ())))
+        change(self, *args, **kwargs)
+        active = self.active_adapters() if self._hf_peft_config_loaded else ()
+        wanted = next(filter(None, _quantizations(self, active)), None)
+        if wanted is not None:
+            quantize_activations(self, wanted)
+        elif was_asked:
             restore_activations(self)
 
-    return delete_adapter
+    return changed
 
 
-def _quantizes(model: nn.Module) -> bool:
-    """Whether an adapter of `model` wants activations to be quantised."""
-    configs = getattr(model, "peft_config", {}).values()
-    return any(getattr(config, "activation_quantization", None) is not None for config in configs)
+def _quantizations(model: nn.Module, adapters: Iterable[str]) -> list[ActivationQuantizationConfig | None]:
+    configs = getattr(model, "peft_config", {})
+    return [getattr(configs.get(name), "activation_quantization", None) for name in adapters]
+
+
+def _guard_enable_adapters(enable: Callable) -> Callable:
+    @functools.wraps(enable)
+    def enable_adapters(self: nn.Module) -> None:
+        """As in transformers, which forgets the modules that are trained whole: it disables them alone."""
+        enable(self)
+        if any(isinstance(config, _S2ABaseConfig) for config in self.peft_config.values()):
+            for module in self.modules():
+                if isinstance(module, ModulesToSaveWrapper):
+                    module.enable_adapters(enabled=True)
+
+    return enable_adapters
 
 
 def guard_loading() -> None:
-    """Guards the ways in which PEFT and transformers load adapters, and transformers deletes them. Harmless if done
-    already."""
-    compat.replace_loading(
-        _guard_peft_from_pretrained,
-        _guard_peft_load_adapter,
-        _guard_transformers_load_adapter,
-        _restoring_activations,
+    """Guards the ways in which PEFT and transformers load adapters, transformers activates, enables and deletes them, and
+    torch replaces modules that they sit on. Harmless if done already."""
+    compat.replace_methods(
+        {
+            (PeftModel, "from_pretrained"): _guard_peft_from_pretrained,
+            (PeftModel, "load_adapter"): _guard_peft_load_adapter,
+            (compat.PeftAdapterMixin, "load_adapter"): _guard_transformers_load_adapter,
+            (compat.PeftAdapterMixin, "set_adapter"): _following_the_active,
+            (compat.PeftAdapterMixin, "delete_adapter"): _following_the_active,
+            (compat.PeftAdapterMixin, "enable_adapters"): _guard_enable_adapters,
+            (nn.SyncBatchNorm, "convert_sync_batchnorm"): following_its_host,
+        }
     )

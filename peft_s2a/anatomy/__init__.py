@@ -5,13 +5,15 @@ Knows models of torch, transformers, timm and diffusers, and of PEFT only that w
 is done with the parts is for others to decide.
 """
 
-from .heads import find_task_heads, is_bare_backbone, saved_whole
+from .heads import exact_keys, find_task_heads, is_bare_backbone, named_exactly, saved_whole
 from .layers import (
     BATCH_NORMS,
     CONVOLUTIONS,
     NORMALISATIONS,
     POSITION_NETWORKS,
+    has_running_statistics,
     held_aside,
+    hidden_in_heads,
     input_width,
     is_normalisation,
     output_width,
@@ -48,16 +50,20 @@ __all__ = [
     "Call",
     "Usage",
     "ends",
+    "exact_keys",
     "find_attention",
     "find_blocks",
     "find_mlps",
     "find_stages",
     "find_stem",
     "find_task_heads",
+    "has_running_statistics",
     "held_aside",
+    "hidden_in_heads",
     "input_width",
     "is_bare_backbone",
     "is_normalisation",
+    "named_exactly",
     "observe",
     "output_width",
     "projections",

@@ -21,6 +21,7 @@ PLAIN_HEAD_NAMES = ("classifier", "head", "fc", "score")
 HEAD_NAME = re.compile(
     r"(?!.*pos)(classifier|head|fc|.*_(classifier|head|predictor)|.*(class|bbox|box|mask)_(embed|embedder))"
 )
+EXACTLY = "^"  # before a whole name, in `modules_to_save`
 BACKBONE_NAMES = ("backbone", "encoder", "decoder", "vision_model", "text_model", "language_model", "model")
 # PEFT refuses to train these as a whole.
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -68,10 +69,40 @@ def is_bare_backbone(model: PreTrainedModel) -> bool:
 
 
 def saved_whole(keys: Iterable[str], name: str) -> bool:
-    """Whether a module lies in one that is trained in full, by PEFT's rule: the ending of the name decides."""
+    """Whether a module lies in one that is trained in full. By PEFT's rule the ending of a name decides; see `exact_keys`
+    for whole names."""
     parts = name.split(".")
     paths = [".".join(parts[: i + 1]) for i in range(len(parts))]
-    return any(path.endswith(key) for path in paths for key in keys)
+    return any(path == key[1:] if key.startswith(EXACTLY) else path.endswith(key) for path in paths for key in keys)
+
+
+def exact_keys(model: nn.Module, names: list[str]) -> list[str]:
+    """What `modules_to_save` has to hold for `names` to be trained in full, and nothing else: where a name is the ending of
+    another module's too (LW-DETR's `class_embed`), "^" before it says that it is a whole one. PEFT finds no module by
+    such a key; see `named_exactly`."""
+    modules = dict(_outside_of_wrappers(model))
+    found = []
+    for name in names:
+        own = modules.get(name)
+        others = (other for other, module in modules.items() if other != name and module is not own)
+        is_ambiguous = any(other.endswith(name) and other not in names for other in others)
+        found.append(f"{EXACTLY}{name}" if is_ambiguous else name)
+    return found
+
+
+def named_exactly(keys: Iterable[str]) -> list[str]:
+    """The whole names among the keys of `modules_to_save`."""
+    return [key[1:] for key in keys if key.startswith(EXACTLY)]
+
+
+def _outside_of_wrappers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All modules by all of their names, but for what lies in layers of adapters and in modules that they train whole."""
+    hidden = tuple(
+        f"{name}." for name, m in model.named_modules() if isinstance(m, (AuxiliaryTrainingWrapper, BaseTunerLayer))
+    )
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not name.startswith(hidden):
+            yield name, module
 
 
 def _transformers_heads(model: PreTrainedModel) -> list[str]:
@@ -181,14 +212,7 @@ def _unmistakable(model: nn.Module, names: list[str]) -> list[str]:
     A norm without parts that can be mistaken is left out: like any norm it has its offset and scale trained.
     """
     own = {id(module) for name in names for module in model.get_submodule(name).modules()}
-    hidden = [
-        f"{name}." for name, m in model.named_modules() if isinstance(m, (AuxiliaryTrainingWrapper, BaseTunerLayer))
-    ]
-    everything = {
-        name: module
-        for name, module in model.named_modules(remove_duplicate=False)
-        if not any(name.startswith(prefix) for prefix in hidden)
-    }
+    everything = dict(_outside_of_wrappers(model))
     found: list[str] = []
     for name in names:
         module = model.get_submodule(name)

@@ -12,6 +12,7 @@ from torch import nn
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 NORMALISATIONS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, *BATCH_NORMS)
+INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 # Small networks that make position biases, beside the path that features take.
 POSITION_NETWORKS = ("continuous_position_bias_mlp", "cpb_mlp", "relative_position_bias", "rel_pos")
@@ -24,6 +25,11 @@ def is_normalisation(module: nn.Module) -> bool:
     named_so = any(kind in type(module).__name__ for kind in ("LayerNorm", "RMSNorm"))
     weight = getattr(module, "weight", None)
     return named_so and isinstance(weight, nn.Parameter) and weight.dim() == 1
+
+
+def has_running_statistics(module: nn.Module) -> bool:
+    """Whether a batch or instance normalisation notes down what it sees in training, and uses it in inference."""
+    return isinstance(module, (*BATCH_NORMS, *INSTANCE_NORMS)) and module.running_mean is not None
 
 
 def _base_of(module: nn.Module) -> nn.Module | None:
@@ -49,6 +55,16 @@ def visible_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
                 yield name, base
         elif not isinstance(module, AuxiliaryTrainingWrapper):
             yield name, module
+
+
+def hidden_in_heads(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """What `visible_modules` leaves out: the base model's own modules where an adapter trains a copy of them whole, by their
+    names in the base model."""
+    for name, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            original = module.original_module
+            yield name, original
+            yield from ((f"{name}.{inner}", part) for inner, part in visible_modules(original))
 
 
 def held_aside(model: nn.Module) -> set[int]:

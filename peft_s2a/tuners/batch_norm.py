@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -11,7 +15,7 @@ from peft_s2a.tuners.layer import AttachedLayer
 
 
 class FrozenStatistics(AttachedLayer):
-    """Keeps its host, a batch normalisation, in inference mode while an adapter that wants so is active.
+    """Keeps its host, a batch or instance normalisation, in inference mode while an adapter that wants so is active.
 
     The host then is an affine map with the statistics of pretraining, whatever `model.train()` says. An adapter
     trained so computes the same after it is loaded into a fresh base model, whose statistics did not drift along.
@@ -51,18 +55,38 @@ class FrozenStatistics(AttachedLayer):
         super().detach_from_host()
         self._host[0].training = self.training
 
+    def move_to(self, host: nn.Module) -> None:
+        """Takes the module that the layer is a child of now for its host."""
+        self._host[0] = host
+        self._set_host_mode()
+
     def _all_available_adapter_names(self) -> list[str]:
         return sorted(self.frozen_for)
 
 
+def following_its_host(convert: Callable) -> Callable:
+    """Around `SyncBatchNorm.convert_sync_batchnorm`, which makes a new module of each batch normalisation and gives it the
+    children of the old one: `FrozenStatistics` then keep the new one in inference mode."""
+
+    @functools.wraps(convert)
+    def convert_sync_batchnorm(cls: type, module: nn.Module, process_group: Any = None) -> nn.Module:
+        converted = convert(cls, module, process_group)
+        layer = FrozenStatistics.on(converted)
+        if layer is not None and converted is not module:
+            layer.move_to(converted)
+        return converted
+
+    return convert_sync_batchnorm
+
+
 class BatchNormLayer(BiasLayer):
-    """A [`BiasLayer`] around a batch normalisation whose adapters may have running statistics of their own.
+    """A [`BiasLayer`] around a batch or instance normalisation whose adapters may have running statistics of their own.
 
     Statistics that follow the training images belong to the adapter: they are saved with it, and the base model's stay
     as they are for other adapters, and for `disable_adapter`. With several active adapters the first one's are used.
 
     Args:
-        base_layer: a batch normalisation with running statistics.
+        base_layer: a batch normalisation, or an instance normalisation with running statistics.
     """
 
     statistics = {

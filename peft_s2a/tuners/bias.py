@@ -155,6 +155,11 @@ class BiasLayer(S2ALayer):
             )
         return None
 
+    def merged_into(self, adapter_name: str) -> list[nn.Parameter]:
+        base_layer = self.get_base_layer()
+        bias = [base_layer.bias] if adapter_name in self.s2a_bias else []
+        return [*bias, base_layer.weight] if adapter_name in self.s2a_scale else bias
+
     def _merge_adapter(self, adapter_name: str, sign: int) -> dict[nn.Parameter, torch.Tensor]:
         base_layer = self.get_base_layer()
         new_values = {}

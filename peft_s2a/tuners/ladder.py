@@ -122,13 +122,18 @@ class LadderTop(_LadderBase):
     def join(self, model: nn.Module, rungs: list[LadderRung], heads: list[nn.Module]) -> None:
         """Sets the rungs below, in order, and where the state joins the features: at the inputs of `heads`, or at the
         host's output if there are none. `model` holds all of them."""
+        self.leave()
         self._rungs, self._heads = rungs, heads
-        self._unhook()
         self._during(model)
         for head in heads:
             self._before(head, self._join_input)
         if not heads:
             self._after(self._host[0], self._join_output)
+
+    def leave(self) -> None:
+        """Undoes `join`."""
+        self._unhook()
+        self._rungs, self._heads = [], []
 
     def _begin(self, *call: Any) -> None:
         for layer in self._rungs:

@@ -40,7 +40,7 @@ class S2ALayer(nn.Module, BaseTunerLayer):
     """Base class of the S2A layers.
 
     A subclass lists its parameter dictionaries in `adapter_layer_names` (trained) and `other_param_names` (frozen),
-    and says in `not_mergeable` why an adapter cannot be merged, or implements `_merge_adapter`.
+    and says in `not_mergeable` why an adapter cannot be merged, or implements `merged_into` and `_merge_adapter`.
     """
 
     def __init__(self) -> None:
@@ -72,8 +72,12 @@ class S2ALayer(nn.Module, BaseTunerLayer):
         """Why `adapter_name` cannot be merged into the base module, with what to do instead; None if it can."""
         return None
 
+    def merged_into(self, adapter_name: str) -> list[nn.Parameter]:
+        """The base parameters that merging changes."""
+        raise NotImplementedError
+
     def _merge_adapter(self, adapter_name: str, sign: int) -> dict[nn.Parameter, torch.Tensor]:
-        """The base parameters that merging changes, with their new values. `sign` is -1 for unmerging."""
+        """The tensors of the base module that merging changes, with their new values. `sign` is -1 for unmerging."""
         raise NotImplementedError
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -9,15 +9,19 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from peft_s2a.activations.wrap import quantize_activations, restore_activations
 from peft_s2a.anatomy import (
     BATCH_NORMS,
+    exact_keys,
     find_attention,
     find_task_heads,
+    has_running_statistics,
+    hidden_in_heads,
     input_width,
+    named_exactly,
     output_width,
     projections,
     saved_whole,
@@ -69,7 +73,30 @@ class S2AModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: _S2ABaseConfig, model_config: dict) -> _S2ABaseConfig:
         peft_config.structure_targets = resolve_targets(self.model, peft_config)
+        self._refuse_conflicts(peft_config)
         return peft_config
+
+    def _refuse_conflicts(self, config: _S2ABaseConfig) -> None:
+        """Raises if one adapter trains whole what another one adapts: the wrapper of neither fits into the other's."""
+        for name, other in self.peft_config.items():
+            if other is config or other.structure_targets is None:
+                continue
+            for whole, adapted in ((config, other), (other, config)):
+                found = [
+                    target
+                    for structure, targets in adapted.structure_targets.items()
+                    for target in targets
+                    if not (structure == "statistics" and adapted.freeze_batch_norm_stats)
+                    and saved_whole(whole.modules_to_save or (), target)
+                ]
+                if found:
+                    one, another = (
+                        ("it", f"the adapter {name!r}") if whole is config else (f"the adapter {name!r}", "it")
+                    )
+                    raise ValueError(
+                        f"The adapter cannot be added: {one} trains {found[0]!r} in full, which {another} adapts. Leave it "
+                        "out of one of them, with `modules_to_save` or `exclude_modules`."
+                    )
 
     @staticmethod
     def _check_target_module_exists(peft_config: _S2ABaseConfig, key: str) -> bool | ExcludedModule:
@@ -95,7 +122,7 @@ class S2AModel(BaseTuner):
         # What is decided for this model goes into a copy, so that the user's configuration serves other models too.
         config = self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
         if config.modules_to_save is None:
-            config.modules_to_save = find_task_heads(model)
+            config.modules_to_save = exact_keys(model, find_task_heads(model))
         if reason := _untrainable(model, config.modules_to_save):
             self._discard_adapter(adapter_name)
             raise ValueError(reason)
@@ -108,9 +135,12 @@ class S2AModel(BaseTuner):
             state_dict = dict.fromkeys(f"{name}.{PREFIX}" for name in names)
         requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
         self._is_injecting = True
+        for top in self._ladder_tops():
+            top.leave()  # PEFT copies heads with all that hooks on them refer to
         try:
             super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
-            self._join_ladder(config)
+            self._train_whole(config, adapter_name)
+            self._freeze_statistics(config, adapter_name)
             self._quantize_activations(has_new_layers=True)
         except Exception:
             self._discard_adapter(adapter_name)
@@ -119,6 +149,7 @@ class S2AModel(BaseTuner):
             raise
         finally:
             self._is_injecting = False
+            self._join_ladders()
 
     def _create_and_replace(
         self,
@@ -139,8 +170,8 @@ class S2AModel(BaseTuner):
             self._add_side(peft_config, adapter_name, parent, target_name)
         if current_key in targets.get("ladder", ()):
             self._add_rung(peft_config, adapter_name, target, current_key)
-        if current_key in targets.get("statistics", ()):
-            self._add_statistics(peft_config, adapter_name, parent, target_name)
+        if current_key in targets.get("statistics", ()) and not peft_config.freeze_batch_norm_stats:
+            self._wrapped(parent, target_name).update_statistics(adapter_name)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's own moves weights to the right device, where ours are made, and expects modules that hold a weight.
@@ -150,7 +181,8 @@ class S2AModel(BaseTuner):
         """The wrapper around a leaf, put there if need be."""
         target = getattr(parent, target_name)
         if not isinstance(target, BiasLayer):
-            wrapper = BatchNormLayer(target) if isinstance(target, BATCH_NORMS) else BiasLayer(target)
+            has_statistics = isinstance(target, BATCH_NORMS) or has_running_statistics(target)
+            wrapper = BatchNormLayer(target) if has_statistics else BiasLayer(target)
             wrapper.training = target.training
             self._replace_module(parent, target_name, wrapper, target)
             if isinstance(parent, nn.TransformerEncoderLayer):
@@ -214,24 +246,47 @@ class S2AModel(BaseTuner):
             top = LadderTop.on(block) or LadderTop(block, width).attach()
             top.update_layer(adapter_name, rank=rank, alpha=config.side_alpha, init_weights=config.init_weights)
 
-    def _add_statistics(self, config: _S2ABaseConfig, adapter_name: str, parent: nn.Module, target_name: str) -> None:
-        if config.freeze_batch_norm_stats:
-            target = getattr(parent, target_name)
-            host = target.get_base_layer() if isinstance(target, BiasLayer) else target
+    def _freeze_statistics(self, config: _S2ABaseConfig, adapter_name: str) -> None:
+        """Also in heads that other adapters train in full, where PEFT looks for no targets."""
+        if not config.freeze_batch_norm_stats:
+            return
+        names = set(config.structure_targets.get("statistics", ()))
+        modules = {**dict(visible_modules(self.model)), **dict(hidden_in_heads(self.model))}
+        for host in (module for name, module in modules.items() if name in names):
             layer = FrozenStatistics.on(host) or FrozenStatistics(host).attach()
             layer.update_layer(adapter_name)
-        else:
-            self._wrapped(parent, target_name).update_statistics(adapter_name)
+            layer.set_adapter(self.active_adapters)
 
-    def _join_ladder(self, config: _S2ABaseConfig) -> None:
-        """Connects rungs and top. The heads may just have been wrapped, so this comes after all else."""
-        if "ladder" not in config.structure_targets:
-            return
-        heads = [self.model.get_submodule(name) for name in find_task_heads(self.model)]
-        rungs = [layer for layer in self._layers() if isinstance(layer, LadderRung)]
-        for layer in self._layers():
-            if isinstance(layer, LadderTop):
-                layer.join(self.model, rungs, heads)
+    def _train_whole(self, config: _S2ABaseConfig, adapter_name: str) -> None:
+        """What PEFT does for `modules_to_save`, for those that are given by their whole names."""
+        for name in named_exactly(config.modules_to_save):
+            parent_name, _, own_name = name.rpartition(".")
+            try:
+                parent, module = self.model.get_submodule(parent_name), self.model.get_submodule(name)
+            except AttributeError:
+                raise ValueError(
+                    f"`modules_to_save` names {name!r}, which {type(self.model).__name__} has not."
+                ) from None
+            if isinstance(module, ModulesToSaveWrapper):
+                module.update(adapter_name)
+                module.set_adapter(module.active_adapter, inference_mode=config.inference_mode)
+            else:
+                wrapper = ModulesToSaveWrapper(module, adapter_name)
+                is_active = adapter_name in self.active_adapters
+                wrapper.set_adapter(adapter_name if is_active else [], inference_mode=config.inference_mode)
+                setattr(parent, own_name, wrapper)
+
+    def _ladder_tops(self) -> list[LadderTop]:
+        return [layer for layer in self._layers() if isinstance(layer, LadderTop)]
+
+    def _join_ladders(self) -> None:
+        """Connects rungs and tops. The heads may just have been wrapped, so this comes after all else."""
+        tops = self._ladder_tops()
+        if tops:
+            heads = [self.model.get_submodule(name) for name in find_task_heads(self.model)]
+            rungs = [layer for layer in self._layers() if isinstance(layer, LadderRung)]
+            for top in tops:
+                top.join(self.model, rungs, heads)
 
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
         """Adds the adapter whose offsets and scales are `sum(weight * those of the adapter)`, inactive at first.
@@ -358,10 +413,20 @@ class S2AModel(BaseTuner):
 
     def _check_mergeable(self, adapter_names: list[str] | None) -> None:
         """Refuses, before any weight is changed, to merge what cannot be merged."""
+        holders = _holders(self.model)
         for layer in self._layers():
             for name in layer.active_adapters if adapter_names is None else adapter_names:
-                if name in layer._get_available_adapters() and (reason := layer.not_mergeable(name)):
+                if name not in layer._get_available_adapters():
+                    continue
+                if reason := layer.not_mergeable(name):
                     raise ValueError(reason)
+                for parameter in layer.merged_into(name):
+                    if len(users := holders.get(id(parameter), ())) > 1:
+                        raise ValueError(
+                            f"Adapter {name!r} cannot be merged: {' and '.join(sorted(users)[:2])} share a parameter (are "
+                            "tied), and what is added for one would change the other. Keep the adapter separate, or leave "
+                            "one of them out with `exclude_modules`."
+                        )
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Adds the active (or the named) adapters to the base weights; see `BaseTuner.merge_adapter`.
@@ -478,6 +543,23 @@ class S2AModel(BaseTuner):
         if local_metadata.get("assign_to_params_buffers"):  # with `low_cpu_mem_usage`
             state_dict.update({key: aligned(tensor) for key, tensor in state_dict.items()})
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+def _holders(model: nn.Module) -> dict[int, set[str]]:
+    """{id of a parameter: names of the modules that use it}. A leaf that an adapter wraps is its wrapper's alone, unless
+    others call it too."""
+    found: dict[int, set[str]] = {}
+    names = {id(module): name for name, module in model.named_modules()}
+    for module in model.modules():
+        for child_name, child in module._modules.items():
+            if child is None:
+                continue
+            name = (
+                names[id(module)] if isinstance(module, BiasLayer) else f"{names[id(module)]}.{child_name}".lstrip(".")
+            )
+            for parameter in filter(lambda p: p is not None, child._parameters.values()):
+                found.setdefault(id(parameter), set()).add(name)
+    return found
 
 
 def _untrainable(model: nn.Module, modules_to_save: list[str]) -> str | None:

@@ -279,6 +279,9 @@ class SideLayer(AttachedLayer):
             )
         return None
 
+    def merged_into(self, adapter_name: str) -> list[nn.Parameter]:
+        return [self._ends[0].weight]
+
     def _merge_adapter(self, adapter_name: str, sign: int) -> dict[nn.Parameter, torch.Tensor]:
         weight = self._ends[0].weight
         like = {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}

@@ -29,7 +29,9 @@ from peft_s2a.anatomy import (
     find_stages,
     find_stem,
     find_task_heads,
+    has_running_statistics,
     held_aside,
+    hidden_in_heads,
     input_width,
     is_normalisation,
     observe,
@@ -105,7 +107,8 @@ def resolve_targets(model: nn.Module, config: _S2ABaseConfig) -> dict[str, list[
         if ladder and checks.usage is not None:
             called = {name: index for index, name in enumerate(checks.usage.calls)}
             order = {name: called.get(name, index) for name, index in order.items()}
-    return {structure: sorted(names, key=order.__getitem__) for structure, names in targets.items()}
+    last = len(order)  # of modules in heads that other adapters train
+    return {structure: sorted(names, key=lambda name: order.get(name, last)) for structure, names in targets.items()}
 
 
 class _Checks:
@@ -262,12 +265,24 @@ class _Checks:
 
 
 def find_statistics(model: nn.Module, config: _S2ABaseConfig) -> list[str]:
-    """The batch normalisations with running statistics, but for those in modules that are trained in full."""
-    return [
+    """The normalisations with running statistics, but for those in modules that are trained in full.
+
+    Raises:
+        ValueError: if the adapter is to have statistics of its own in a head that another adapter trains in full.
+    """
+    hidden = dict(hidden_in_heads(model))
+    found = [
         name
-        for name, module in visible_modules(model)
-        if isinstance(module, BATCH_NORMS) and module.track_running_stats and not _is_saved_whole(config, name)
+        for name, module in {**dict(visible_modules(model)), **hidden}.items()
+        if has_running_statistics(module) and not _is_saved_whole(config, name)
     ]
+    shared = [name for name in found if name in hidden]
+    if shared and not config.freeze_batch_norm_stats:
+        raise ValueError(
+            f"With `freeze_batch_norm_stats=False` the adapter would have statistics of its own in {shared[0]!r}, which "
+            "another adapter trains in full. Freeze them, or train this head too (`modules_to_save`)."
+        )
+    return found
 
 
 def recorded_in(state_dict: Iterable[str]) -> dict[str, list[str]]:
@@ -291,7 +306,8 @@ def _check_recorded_targets(model: nn.Module, config: _S2ABaseConfig, structures
             raise ValueError(
                 f"`structure_targets` names {structure!r}, but this configuration trains only {structures}."
             )
-        missing = [name for name in names if name not in modules]
+        known = {**modules, **dict(hidden_in_heads(model))} if structure == "statistics" else modules
+        missing = [name for name in names if name not in known]
         if missing:
             raise NoMatchingPeftModuleError(
                 f"The configuration was made for modules that {type(model).__name__} does not have: {missing[:3]}"
@@ -299,10 +315,10 @@ def _check_recorded_targets(model: nn.Module, config: _S2ABaseConfig, structures
                 f"or a new {type(config).__name__} for a new model."
             )
         for name in names:
-            is_stem = structure == "prompt" and isinstance(modules[name], nn.Conv2d)
-            if not is_stem and not _can_carry(structure, name, modules[name], attention):
+            is_stem = structure == "prompt" and isinstance(known[name], nn.Conv2d)
+            if not is_stem and not _can_carry(structure, name, known[name], attention):
                 raise ValueError(
-                    f"`structure_targets` puts {structure!r} on {name!r}, a {type(modules[name]).__name__}, which "
+                    f"`structure_targets` puts {structure!r} on {name!r}, a {type(known[name]).__name__}, which "
                     "cannot carry it. Use the base model that the adapter was trained with."
                 )
 
@@ -313,7 +329,7 @@ def _can_carry(structure: str, name: str, module: nn.Module, attention: dict[str
     if structure == "prompt":
         return name in attention
     if structure == "statistics":
-        return isinstance(module, BATCH_NORMS) and module.track_running_stats
+        return has_running_statistics(module)
     return side.can_serve(module)
 
 

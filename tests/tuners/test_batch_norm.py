@@ -274,3 +274,116 @@ class TestLive:
         for name, value in get_peft_model_state_dict(twin).items():
             torch.testing.assert_close(get_peft_model_state_dict(model)[name], value)
         torch._dynamo.reset()
+
+
+class WithNormInHead(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.head = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.stem(x)).mean((2, 3)))
+
+
+class TestHeadsThatAnotherAdapterTrains:
+    def steps(self, model: nn.Module) -> None:
+        model.train()
+        for _ in range(2):
+            model(torch.randn(4, 3, 8, 8) + 3)
+
+    @pytest.mark.parametrize("head_first", [True, False])
+    def test_their_statistics_stay(self, head_first, tmp_path):
+        base = WithNormInHead()
+        before = copy.deepcopy(base.state_dict())
+        options = {
+            "headless": {"modules_to_save": [], "exclude_modules": ["head.0", "head.1", "head.2"]},
+            "with head": {},
+        }
+        order = ["with head", "headless"] if head_first else ["headless", "with head"]
+        model = get_peft_model(base, S2ABiasConfig(**options[order[0]]), adapter_name=order[0])
+        model.add_adapter(order[1], S2ABiasConfig(**options[order[1]]))
+        model.set_adapter("headless")
+        self.steps(model)
+        model.set_adapter("with head")
+        copied = copy.deepcopy(base.head.modules_to_save["with head"].state_dict())
+        self.steps(model)
+        assert not torch.equal(base.head.modules_to_save["with head"][1].running_mean, copied["1.running_mean"])
+        for adapter in order:
+            model.set_adapter(adapter)
+            model.eval()
+            images = torch.randn(4, 3, 8, 8)
+            expected = model(images)
+            model.save_pretrained(tmp_path, selected_adapters=[adapter])
+            fresh = WithNormInHead()
+            fresh.load_state_dict(before)
+            loaded = PeftModel.from_pretrained(fresh, tmp_path / adapter, adapter).eval()
+            assert torch.equal(loaded(images), expected)
+        assert torch.equal(base.norm.base_layer.running_mean, before["norm.running_mean"])
+        assert torch.equal(base.head.original_module[1].running_mean, before["head.1.running_mean"])
+
+    def test_statistics_of_its_own_are_refused(self):
+        model = get_peft_model(WithNormInHead(), S2ABiasConfig())
+        before = snapshot(model)
+        with pytest.raises(ValueError, match=r"'head.1', which another adapter trains in full"):
+            model.add_adapter("second", S2ABiasConfig(modules_to_save=[], freeze_batch_norm_stats=False))
+        assert_untouched(model, before, trainable_too=False)
+
+
+class TestConversionToSyncBatchNorm:
+    @pytest.mark.parametrize("config", ["bias", "side"])
+    def test_frozen_statistics_stay_frozen(self, config):
+        model = get_peft_model(families.build("resnet"), CONFIGS[config]())
+        model.train()
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        converted = norms(model)
+        assert converted and all(isinstance(norm, nn.SyncBatchNorm) and not norm.training for norm in converted)
+        for mode in (False, True):
+            model.train(mode)
+            assert not any(norm.training for norm in converted)
+        model.unload()
+        assert all(norm.training for norm in converted)
+
+    def test_live_statistics_stay_the_adapters(self):
+        model = get_peft_model(families.build("resnet"), S2ABiasConfig(freeze_batch_norm_stats=False))
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        before = statistics(model)
+        model.train()
+        assert all(norm.training for norm in norms(model)) and equal(statistics(model), before)
+
+
+class WithInstanceNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.InstanceNorm2d(8, affine=True, track_running_stats=True)
+        self.conv = nn.Conv2d(8, 8, 3)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.conv(self.norm(self.stem(x)).relu()).mean((2, 3)))
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_instance_norms_with_running_statistics(freeze, tmp_path):
+    base = WithInstanceNorm()
+    before = copy.deepcopy(base.state_dict())
+    model = get_peft_model(base, S2AConfig(freeze_batch_norm_stats=freeze))
+    ordinary = WithInstanceNorm()
+    ordinary.load_state_dict(before)
+    for _ in range(3):
+        images = torch.randn(4, 3, 8, 8) + 3
+        model.train()(images).sum().backward()
+        ordinary.train()(images)
+    images = torch.randn(4, 3, 8, 8)
+    expected = model.eval()(images)
+    if not freeze:
+        torch.testing.assert_close(base.norm.s2a_running_mean["default"], ordinary.norm.running_mean)
+        torch.testing.assert_close(base.norm.s2a_running_var["default"], ordinary.norm.running_var)
+    model.save_pretrained(tmp_path)
+    fresh = WithInstanceNorm()
+    fresh.load_state_dict(before)
+    assert torch.equal(PeftModel.from_pretrained(fresh, tmp_path).eval()(images), expected)
+    unloaded = model.unload().state_dict()
+    assert all(torch.equal(unloaded[name], tensor) for name, tensor in before.items())

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from methods import IMAGES, LABELS, base_model
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from saved import saved_tensors
 from torch import nn
 
@@ -151,6 +151,21 @@ def test_ladders_beside_some_blocks():
         "base_model.model.vit.layers.1.ladder_adapter"
     ]
     assert model(IMAGES).logits.isfinite().all()
+
+
+def test_a_ladder_without_a_head_and_one_with_it(tmp_path):
+    options = {"side_mode": "ladder", "init_weights": False, "activation_quantization": None}
+    model = get_peft_model(families.build("vit"), S2ASideConfig(**options, modules_to_save=[])).eval()
+    images, _ = families.batch("vit")
+    expected, count = model(images).logits, sum(isinstance(module, LadderTop) for module in model.modules())
+    model.add_adapter("with head", S2ASideConfig(**options))
+    assert sum(isinstance(module, LadderTop) for module in model.modules()) == count
+    assert torch.equal(model(images).logits, expected)
+    model.set_adapter("with head")
+    expected = model(images).logits
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(families.build("vit"), tmp_path / "with head").eval()
+    assert torch.equal(loaded(images).logits, expected)
 
 
 @pytest.mark.parametrize("structures", [("bias", "side"), ("bias", "prompt", "side"), ("bias",), ("prompt",)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import families
 import pytest
 import torch
@@ -9,11 +11,13 @@ from methods import S2A, assert_untouched, base_model, logits, make_config, snap
 from peft import PeftConfig, PeftModel, convert_to_lora, get_peft_model
 from peft.helpers import rescale_adapter_scale
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.hotswap import hotswap_adapter
 from torch import nn
+from transformers import LwDetrConfig, LwDetrForObjectDetection
 
-from peft_s2a import S2ABiasConfig, S2AConfig, S2ASideConfig, restore_activations
+from peft_s2a import S2ABiasConfig, S2AConfig, S2ASideConfig, quantize_activations
 from peft_s2a.tuners.bias import BiasLayer
 from peft_s2a.tuners.side import SideLayer
 
@@ -85,28 +89,193 @@ class TestStructuresNobodyAskedFor:
             get_peft_model(families.build("plain_cnn"), S2AConfig(target_modules=["stage1.2"]))
 
 
-class TestTransformersDeleteAdapter:
-    def test_activations_are_restored_with_the_last_adapter_that_wants_them_quantised(self, monkeypatch):
-        restored = []
-
-        def restore(model: nn.Module) -> nn.Module:
-            restored.append(model)
-            return restore_activations(model)
-
-        monkeypatch.setattr("peft_s2a.loading.restore_activations", restore)
+class TestTransformersAdapters:
+    def test_activations_are_quantised_as_the_active_one_wants(self):
         model = base_model()
         types, expected = {name: type(module) for name, module in model.named_modules()}, logits(model)
+
+        def is_quantized() -> bool:
+            return type(model.vit.layers[0]) is not types["vit.layers.0"]
+
         model.add_adapter(S2AConfig(), "first")
         model.add_adapter(S2ASideConfig(), "second")
+        assert is_quantized()
         model.add_adapter(S2ASideConfig(activation_quantization=None), "third")
+        assert not is_quantized()
+        model.set_adapter("second")
+        assert is_quantized()
+        model.set_adapter("third")
+        assert not is_quantized()
+        model.set_adapter("first")
         model.delete_adapter("first")
-        assert restored == []
+        assert is_quantized() == (model.active_adapters() == ["second"])
         model.delete_adapter("second")
-        assert len(restored) == 1 and restored[0] is model
+        assert not is_quantized()
         model.delete_adapter("third")
         assert torch.equal(logits(model), expected)
         for name in ("vit", "vit.layers.0", "vit.layers.0.mlp", "vit.layers.0.attention"):
             assert type(model.get_submodule(name)) is types[name]
+
+    def test_a_user_s_own_quantisation_stays(self):
+        model = quantize_activations(base_model())
+        quantized = type(model.vit.layers[0])
+        model.add_adapter(S2ASideConfig(activation_quantization=None), "first")
+        model.add_adapter(S2ASideConfig(activation_quantization=None), "second")
+        model.set_adapter("first")
+        assert type(model.vit.layers[0]) is quantized
+
+    @every_s2a
+    def test_heads_are_enabled_again(self, method):
+        model = base_model()
+        expected = logits(model)
+        model.add_adapter(make_config(method))
+        head = model.classifier.modules_to_save["default"]
+        with torch.no_grad():
+            head.weight.add_(1)
+        trained = logits(model)
+        assert not torch.allclose(trained, expected)
+        model.disable_adapters()
+        assert torch.equal(logits(model), expected)
+        model.enable_adapters()
+        assert torch.equal(logits(model), trained) and head.weight.requires_grad
+
+
+class TestOneTrainsWholeWhatTheOtherAdapts:
+    @pytest.mark.parametrize(
+        ("first", "second"),
+        [
+            (S2ABiasConfig(modules_to_save=[], target_modules=["classifier", "fc1"]), S2ABiasConfig()),
+            (S2ABiasConfig(), S2ABiasConfig(modules_to_save=["layernorm"], target_modules=["fc1"])),
+        ],
+    )
+    def test_the_second_is_refused(self, first, second):
+        model = get_peft_model(base_model(), first)
+        expected, before = logits(model), snapshot(model)
+        with pytest.raises(
+            ValueError, match=r"cannot be added: it trains '.*' in full, which the adapter 'default' adapts"
+        ):
+            model.add_adapter("second", second)
+        assert_untouched(model, before, trainable_too=False)
+        assert list(model.peft_config) == ["default"] and torch.equal(logits(model), expected)
+
+    def test_in_the_other_order(self, tmp_path):
+        get_peft_model(base_model(), S2ABiasConfig(modules_to_save=[])).save_pretrained(tmp_path)
+        model = get_peft_model(base_model(), S2ABiasConfig(modules_to_save=["layernorm"], target_modules=["fc1"]))
+        before = snapshot(model)
+        with pytest.raises(ValueError, match="does not have"):  # a norm that can be seen no more
+            model.load_adapter(tmp_path, "second")
+        assert_untouched(model, before, trainable_too=False)
+
+
+class SqueezeExcitation(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.fc(x.mean((2, 3))).sigmoid()[..., None, None]
+
+
+class WithSqueezeExcitation(nn.Module):
+    """Its head's name is the ending of other layers' names, which PEFT would train whole too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.excitation = SqueezeExcitation()
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.excitation(self.stem(x).relu()).mean((2, 3)))
+
+
+class TestHeadsWithAmbiguousNames:
+    def trained_whole(self, model: nn.Module) -> list[str]:
+        return [name for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]
+
+    def test_the_head_alone_is_trained_whole(self, tmp_path):
+        base = WithSqueezeExcitation().eval()
+        weights, images = copy.deepcopy(base.state_dict()), torch.randn(2, 3, 16, 16)
+        model = get_peft_model(base, S2AConfig())
+        assert self.trained_whole(model.base_model.model) == ["fc"]
+        assert model.peft_config["default"].modules_to_save == ["^fc"]
+        assert isinstance(base.excitation.fc, BiasLayer)
+        assert {n for n, p in base.named_parameters() if p.requires_grad and n.startswith("fc.")} == {
+            "fc.modules_to_save.default.weight",
+            "fc.modules_to_save.default.bias",
+        }
+        torch.nn.init.normal_(base.fc.modules_to_save["default"].weight)
+        model.add_adapter("second", S2AConfig())
+        assert list(base.fc.modules_to_save) == ["default", "second"]
+        assert not any(p.requires_grad for p in base.fc.modules_to_save["second"].parameters())
+        expected = model(images)
+        model.save_pretrained(tmp_path, selected_adapters=["default"])
+        fresh = WithSqueezeExcitation().eval()
+        fresh.load_state_dict(weights)
+        loaded = PeftModel.from_pretrained(fresh, tmp_path)
+        assert self.trained_whole(fresh) == ["fc"] and torch.equal(loaded(images), expected)
+        merged = loaded.unload()
+        assert merged.fc.__class__ is nn.Linear and merged.excitation.fc.__class__ is nn.Linear
+
+    def test_lists_of_heads(self, tmp_path):
+        """LW-DETR's `class_embed` is the ending of `enc_out_class_embed`, a list, which PEFT cannot train whole."""
+        config = LwDetrConfig(
+            d_model=32, num_queries=10, group_detr=2, decoder_layers=2, decoder_ffn_dim=32, num_labels=5, c2f_num_blocks=1,
+            decoder_self_attention_heads=2, decoder_cross_attention_heads=4, projector_scale_factors=[1.0],
+            backbone_config={
+                "model_type": "lw_detr_vit", "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2,
+                "image_size": 64, "patch_size": 8, "out_indices": [1, 3], "window_block_indices": [0, 2], "num_windows": 4,
+            },
+        )  # fmt: skip
+        torch.manual_seed(0)
+        base, images = LwDetrForObjectDetection(config).eval(), torch.randn(2, 3, 64, 64)
+        weights, expected = copy.deepcopy(base.state_dict()), base(images).logits
+        model = get_peft_model(base, S2AConfig()).eval()
+        torch.testing.assert_close(model(images).logits, expected)
+        assert "class_embed" in self.trained_whole(base)
+        with torch.no_grad():
+            base.class_embed.modules_to_save["default"].weight.add_(0.1)
+        expected = model(images).logits
+        model.save_pretrained(tmp_path)
+        fresh = LwDetrForObjectDetection(config).eval()
+        fresh.load_state_dict(weights)
+        assert torch.equal(PeftModel.from_pretrained(fresh, tmp_path)(images).logits, expected)
+        fresh = LwDetrForObjectDetection(config).eval()
+        fresh.load_state_dict(weights)
+        fresh.load_adapter(tmp_path)
+        assert torch.equal(fresh(images).logits, expected)
+
+    def test_a_name_that_the_model_has_not(self):
+        model = base_model()
+        before = snapshot(model)
+        with pytest.raises(ValueError, match="names 'head', which"):
+            get_peft_model(model, S2AConfig(modules_to_save=["^head"]))
+        assert_untouched(model, before)
+
+
+class TestMergingTiedParameters:
+    @pytest.mark.parametrize("tied", ["bias", "module"])
+    def test_is_refused(self, tied):
+        base = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4))
+        if tied == "bias":
+            base[2].bias = base[0].bias
+        else:
+            base.append(base[0])
+        model = get_peft_model(base, S2ABiasConfig(target_modules=["0"], modules_to_save=[], init_weights=False))
+        x = torch.randn(3, 4)
+        expected = model(x)
+        for merge in (model.merge_adapter, model.merge_and_unload):
+            with pytest.raises(ValueError, match=r"share a parameter"):
+                merge()
+        torch.testing.assert_close(model(x), expected)
+
+    def test_of_others_does_not_matter(self):
+        base = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4))
+        base[2].weight = base[0].weight
+        model = get_peft_model(base, S2ABiasConfig(target_modules=["0"], modules_to_save=[], init_weights=False))
+        x = torch.randn(3, 4)
+        expected = model(x)
+        torch.testing.assert_close(model.merge_and_unload()(x), expected)
 
 
 class TestWeightedSums:
