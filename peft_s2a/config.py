@@ -309,7 +309,8 @@ class S2AConfig(S2ASideConfig, S2APromptConfig, S2ABiasConfig):
         layers_to_transform: Indices of the layers to adapt.
         layers_pattern: Name of the list that holds these layers.
         modules_to_save:
-            Modules trained in full and saved with the adapter. None finds the task head by itself; [] is none.
+            Modules trained in full and saved with the adapter. None finds the task head by itself; [] is none. Names are
+            endings, as in PEFT, or whole names where "^" stands before them.
         num_prompt_tokens: See [`S2APromptConfig`].
         side_rank, side_alpha, side_mode, side_activation, side_init: See [`S2ASideConfig`].
         train_norm_scale: See [`S2ABiasConfig`].

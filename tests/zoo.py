@@ -37,6 +37,17 @@ DETR = {
 }  # fmt: skip
 
 
+def lw_detr() -> t.LwDetrConfig:
+    return t.LwDetrConfig(
+        d_model=32, num_queries=10, group_detr=2, decoder_layers=2, decoder_ffn_dim=32, num_labels=NUM_LABELS,
+        c2f_num_blocks=1, decoder_self_attention_heads=2, decoder_cross_attention_heads=4, projector_scale_factors=[1.0],
+        backbone_config={
+            "model_type": "lw_detr_vit", "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2,
+            "image_size": SIZE, "patch_size": 8, "out_indices": [1, 3], "window_block_indices": [0, 2], "num_windows": 4,
+        },
+    )  # fmt: skip
+
+
 def images(
     size: int | tuple[int, int] = SIZE, channels: int = 3, samples: int = 2, **others: Any
 ) -> Callable[[], dict]:
@@ -307,6 +318,18 @@ TRANSFORMERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, An
         ),
         images(),
     ),
+    "siglip2 classification": (
+        lambda: t.Siglip2ForImageClassification(
+            t.Siglip2Config(
+                vision_config={**TRUNK, "patch_size": 8, "num_patches": 16}, text_config=TEXT, num_labels=NUM_LABELS
+            )
+        ),
+        lambda: {
+            "pixel_values": torch.randn(2, 16, 3 * 8 * 8),
+            "pixel_attention_mask": torch.tensor([[1] * 12 + [0] * 4, [1] * 16]),
+            "spatial_shapes": torch.tensor([[3, 4], [2, 8]]),
+        },
+    ),
     "perceiver classification": (
         lambda: t.PerceiverForImageClassificationLearned(
             t.PerceiverConfig(
@@ -464,6 +487,7 @@ TRANSFORMERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, An
         ),
         images(),
     ),
+    "lw-detr detection": (lambda: t.LwDetrForObjectDetection(lw_detr()), images(labels=_detection_labels)),
     "conditional-detr detection": (
         lambda: t.ConditionalDetrForObjectDetection(
             t.ConditionalDetrConfig(

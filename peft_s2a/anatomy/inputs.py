@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -114,6 +116,8 @@ def _transformers_inputs(model: nn.Module, config: Any, names: list[str]) -> Ite
     main = next((name for name in ("pixel_values", "pixel_values_videos", "inputs") if name in names), None)
     if "pixel_values" in names and "pixel_values_videos" in names:
         is_complete = False
+    if "spatial_shapes" in names:
+        yield {**given, **_flat_patches(vision, channels)}, is_complete
     sizes = _image_sizes(vision)
     for size in sizes:
         shapes = [(SAMPLES, channels, *size)]
@@ -136,6 +140,17 @@ def _ids(config: Any) -> torch.Tensor:
     if isinstance(end, int) and end < (_get(text, "vocab_size") or 0):
         ids[:, -1] = end
     return ids
+
+
+def _flat_patches(config: Any, channels: int) -> dict[str, Any]:
+    """Images as NaFlex models take them (SigLIP 2): as many patches as fit into a square, flat, their grid and a mask."""
+    patch, side = _get(config, "patch_size") or 16, math.isqrt(_get(config, "num_patches") or 16)
+    height, width = patch if isinstance(patch, (tuple, list)) else (patch, patch)
+    return {
+        "pixel_values": torch.empty(SAMPLES, side * side, channels * height * width),
+        "pixel_attention_mask": torch.ones(SAMPLES, side * side, dtype=torch.long),
+        "spatial_shapes": np.full((SAMPLES, 2), side),  # no tensor: a pass without values could not read it
+    }
 
 
 def _patches(config: Any, size: tuple[int, int], frames: int | None) -> int | None:

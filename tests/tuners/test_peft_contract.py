@@ -7,6 +7,7 @@ import copy
 import families
 import pytest
 import torch
+import zoo
 from methods import S2A, assert_untouched, base_model, logits, make_config, snapshot
 from peft import PeftConfig, PeftModel, convert_to_lora, get_peft_model
 from peft.helpers import rescale_adapter_scale
@@ -15,7 +16,7 @@ from peft.utils import ModulesToSaveWrapper
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.hotswap import hotswap_adapter
 from torch import nn
-from transformers import LwDetrConfig, LwDetrForObjectDetection
+from transformers import LwDetrForObjectDetection
 
 from peft_s2a import S2ABiasConfig, S2AConfig, S2ASideConfig, quantize_activations
 from peft_s2a.tuners.bias import BiasLayer
@@ -219,14 +220,7 @@ class TestHeadsWithAmbiguousNames:
 
     def test_lists_of_heads(self, tmp_path):
         """LW-DETR's `class_embed` is the ending of `enc_out_class_embed`, a list, which PEFT cannot train whole."""
-        config = LwDetrConfig(
-            d_model=32, num_queries=10, group_detr=2, decoder_layers=2, decoder_ffn_dim=32, num_labels=5, c2f_num_blocks=1,
-            decoder_self_attention_heads=2, decoder_cross_attention_heads=4, projector_scale_factors=[1.0],
-            backbone_config={
-                "model_type": "lw_detr_vit", "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2,
-                "image_size": 64, "patch_size": 8, "out_indices": [1, 3], "window_block_indices": [0, 2], "num_windows": 4,
-            },
-        )  # fmt: skip
+        config = zoo.lw_detr()
         torch.manual_seed(0)
         base, images = LwDetrForObjectDetection(config).eval(), torch.randn(2, 3, 64, 64)
         weights, expected = copy.deepcopy(base.state_dict()), base(images).logits

@@ -27,6 +27,8 @@ ONCE_WRONG = [
     "glpn depth",
     "owlvit detection",
     "aimv2 features",
+    "lw-detr detection",
+    "siglip2 classification",
     "llava",
     "timm cait",
     "timm repvit",
