@@ -473,6 +473,8 @@ class S2AModel(BaseTuner):
             unwanted_adapter_names=unwanted_adapter_names,
         )
         own = {name for name, is_there in cls._names_of_layers(model, adapter_name) if is_there}
+        absent = {name for name, is_there in cls._names_of_layers(model, adapter_name) if not is_there}
+        _refuse_names_of_modules(cls._own_names(model, adapter_name) - absent, adapter_name, unwanted_adapter_names)
         # PEFT looks for what lies in wrapped modules by other names.
         found |= {name: state_dict[name] for name in own if name in state_dict}
         missing = own - found.keys()
@@ -560,6 +562,17 @@ def _holders(model: nn.Module) -> dict[int, set[str]]:
             for parameter in filter(lambda p: p is not None, child._parameters.values()):
                 found.setdefault(id(parameter), set()).add(name)
     return found
+
+
+def _refuse_names_of_modules(own: set[str], adapter_name: str, others: list[str]) -> None:
+    """Raises if PEFT takes tensors of an adapter for another one's, which it tells by their names' parts."""
+    for other in others:
+        taken = sorted(name for name in own if other in name.split("."))
+        if taken:
+            raise ValueError(
+                f"The adapter {adapter_name!r} cannot be saved beside one called {other!r}: PEFT takes every tensor for the "
+                f"latter's whose name has that part ({some(taken)}). Delete {other!r}, or give it a name that no module has."
+            )
 
 
 def _untrainable(model: nn.Module, modules_to_save: list[str]) -> str | None:

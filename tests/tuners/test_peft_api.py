@@ -286,6 +286,18 @@ class TestAdapterNames:
         assert list(model.peft_config) == ["default"]
         assert torch.equal(logits(model), expected)
 
+    @pytest.mark.parametrize(("name", "other"), [("0", "1"), ("vit", "mlp"), ("classifier", "x"), ("weight", "bias")])
+    def test_beside_others_names_of_modules_cannot_be_saved(self, name, other, tmp_path):
+        model = get_peft_model(base_model(), make_config("s2a"), adapter_name=name)
+        model.add_adapter(other, make_config("s2a"))
+        with pytest.raises(ValueError, match="cannot be saved beside one called"):
+            model.save_pretrained(tmp_path)
+        if name in ("classifier", "weight"):  # PEFT cannot save these even alone
+            return
+        model.delete_adapter(other)
+        model.save_pretrained(tmp_path)
+        assert torch.equal(logits(PeftModel.from_pretrained(base_model(), tmp_path / name, name)), logits(model))
+
 
 class TestQuantisation:
     """Activations are quantised as the active adapter wants, whichever was added last."""
