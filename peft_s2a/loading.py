@@ -23,7 +23,7 @@ from peft_s2a.activations.config import ActivationQuantizationConfig
 from peft_s2a.activations.wrap import quantize_activations, restore_activations
 from peft_s2a.anatomy.heads import EXACTLY
 from peft_s2a.config import _S2ABaseConfig
-from peft_s2a.tuners.batch_norm import BatchNormLayer, following_its_host
+from peft_s2a.tuners.batch_norm import BatchNormLayer, following_its_host, freeze_as_the_active_want
 from peft_s2a.tuners.layer import S2ALayer, aligned
 from peft_s2a.tuners.structures import PARAMETER_NAMES
 from peft_s2a.tuners.targets import find_task_heads
@@ -46,7 +46,7 @@ def check_tensors(tensors: Mapping[str, torch.Tensor], heads: Iterable[str]) -> 
         ValueError: if a tensor is neither an S2A parameter nor part of such a module, or has NaN, infinity or a dtype
             that weights do not have.
     """
-    heads = tuple(head.removeprefix(EXACTLY) for head in heads)
+    heads = tuple(heads)
     foreign = [key for key in tensors if not _belongs(key, heads)]
     if foreign:
         raise ValueError(
@@ -80,7 +80,10 @@ def _belongs(key: str, heads: tuple[str, ...]) -> bool:
     *host, last = key.removeprefix("base_model.model.").split(".")
     if OF_THE_MODEL.intersection(host):
         return False
-    return last in PARAMETER_NAMES or any(f".{head}." in f".{'.'.join(host)}." for head in heads)
+    path = f".{'.'.join(host)}."
+    return last in PARAMETER_NAMES or any(
+        path.startswith(f".{head[1:]}.") if head.startswith(EXACTLY) else f".{head}." in path for head in heads
+    )
 
 
 def _is_count(key: str, tensor: torch.Tensor) -> bool:
@@ -226,21 +229,39 @@ def _following_the_active(change: Callable) -> Callable:
 
     @functools.wraps(change)
     def changed(self: nn.Module, *args: Any, **kwargs: Any) -> None:
-        was_asked = any(_quantizations(self, getattr(self, "peft_config", ())))
+        before = _wanted_by_the_active(self)
         change(self, *args, **kwargs)
-        active = self.active_adapters() if self._hf_peft_config_loaded else ()
-        wanted = next(filter(None, _quantizations(self, active)), None)
-        if wanted is not None:
-            quantize_activations(self, wanted)
-        elif was_asked:
-            restore_activations(self)
+        if self._hf_peft_config_loaded:
+            freeze_as_the_active_want(self, self.active_adapters())
+        follow_quantization(self, before, _wanted_by_the_active(self))
 
     return changed
 
 
-def _quantizations(model: nn.Module, adapters: Iterable[str]) -> list[ActivationQuantizationConfig | None]:
-    configs = getattr(model, "peft_config", {})
-    return [getattr(configs.get(name), "activation_quantization", None) for name in adapters]
+def _wanted_by_the_active(model: nn.Module) -> ActivationQuantizationConfig | None:
+    if not model._hf_peft_config_loaded or not getattr(model, "peft_config", None):
+        return None
+    return wanted_quantization(model.peft_config, model.active_adapters())
+
+
+def wanted_quantization(
+    configs: Mapping[str, PeftConfig], adapters: Iterable[str]
+) -> ActivationQuantizationConfig | None:
+    """How the first of `adapters` that wants it wants activations to be quantised."""
+    found = (getattr(configs.get(name), "activation_quantization", None) for name in adapters)
+    return next(filter(None, found), None)
+
+
+def follow_quantization(
+    model: nn.Module, before: ActivationQuantizationConfig | None, wanted: ActivationQuantizationConfig | None
+) -> None:
+    """Quantises the activations of `model` as its adapters want now, if they wanted something else before."""
+    if wanted == before:
+        return
+    if wanted is None:
+        restore_activations(model)
+    else:
+        quantize_activations(model, wanted)
 
 
 def _guard_enable_adapters(enable: Callable) -> Callable:

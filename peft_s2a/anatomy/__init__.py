@@ -5,7 +5,7 @@ Knows models of torch, transformers, timm and diffusers, and of PEFT only that w
 is done with the parts is for others to decide.
 """
 
-from .heads import exact_keys, find_task_heads, is_bare_backbone, named_exactly, saved_whole
+from .heads import CONTAINERS, exact_keys, find_task_heads, is_bare_backbone, named_exactly, saved_whole
 from .layers import (
     BATCH_NORMS,
     CONVOLUTIONS,
@@ -39,6 +39,7 @@ from .usage import Call, Usage, observe
 
 __all__ = [
     "BATCH_NORMS",
+    "CONTAINERS",
     "CONVOLUTIONS",
     "FUSED_NAMES",
     "KEY_NAMES",

@@ -96,13 +96,17 @@ def named_exactly(keys: Iterable[str]) -> list[str]:
 
 
 def _outside_of_wrappers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """All modules by all of their names, but for what lies in layers of adapters and in modules that they train whole."""
+    """All modules by all of their names in the base model: of what adapters train whole the parts of the original, and none of
+    the layers of adapters."""
     hidden = tuple(
         f"{name}." for name, m in model.named_modules() if isinstance(m, (AuxiliaryTrainingWrapper, BaseTunerLayer))
     )
     for name, module in model.named_modules(remove_duplicate=False):
         if not name.startswith(hidden):
             yield name, module
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                inner = _outside_of_wrappers(module.original_module)
+                yield from ((f"{name}.{key}", part) for key, part in inner if key)
 
 
 def _transformers_heads(model: PreTrainedModel) -> list[str]:
@@ -219,7 +223,13 @@ def _unmistakable(model: nn.Module, names: list[str]) -> list[str]:
         if isinstance(module, AuxiliaryTrainingWrapper):
             found.append(name)
             continue
-        others = [other for other, twin in everything.items() if other.endswith(name) and twin is not module]
+        if isinstance(module, BaseTunerLayer):
+            module = module.get_base_layer()
+        others = [
+            other
+            for other, twin in everything.items()
+            if other.endswith(name) and other != name and twin is not module
+        ]
         nested = any(other.startswith(f"{name}.") for other in others)
         foreign = any(id(everything[other]) not in own for other in others)
         parts = [f"{name}.{key}" for key, child in module.named_children() if _has_weights(child)]

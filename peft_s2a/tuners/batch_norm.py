@@ -64,6 +64,13 @@ class FrozenStatistics(AttachedLayer):
         return sorted(self.frozen_for)
 
 
+def freeze_as_the_active_want(model: nn.Module, active_adapters: list[str]) -> None:
+    """Where an adapter was deleted each layer has chosen a new one of its own, but these know only adapters that freeze."""
+    for layer in model.modules():
+        if isinstance(layer, FrozenStatistics):
+            layer.set_adapter(active_adapters)
+
+
 def following_its_host(convert: Callable) -> Callable:
     """Around `SyncBatchNorm.convert_sync_batchnorm`, which makes a new module of each batch normalisation and gives it the
     children of the old one: `FrozenStatistics` then keep the new one in inference mode."""

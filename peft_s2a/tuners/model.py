@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,9 +12,11 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
+from peft_s2a.activations.config import ActivationQuantizationConfig
 from peft_s2a.activations.wrap import quantize_activations, restore_activations
 from peft_s2a.anatomy import (
     BATCH_NORMS,
+    CONTAINERS,
     exact_keys,
     find_attention,
     find_task_heads,
@@ -30,10 +32,10 @@ from peft_s2a.anatomy import (
 )
 from peft_s2a.compat import BufferDict, ExcludedModule, is_quantized_weight, name_in_state
 from peft_s2a.config import _S2ABaseConfig
-from peft_s2a.loading import check_values, some
+from peft_s2a.loading import check_values, follow_quantization, some, wanted_quantization
 from peft_s2a.parallelism import refuse_partitioned, refuse_tensor_parallel
 from peft_s2a.registration import PREFIX
-from peft_s2a.tuners.batch_norm import BatchNormLayer, FrozenStatistics
+from peft_s2a.tuners.batch_norm import BatchNormLayer, FrozenStatistics, freeze_as_the_active_want
 from peft_s2a.tuners.bias import BiasLayer
 from peft_s2a.tuners.ladder import LadderRung, LadderTop
 from peft_s2a.tuners.layer import AttachedLayer, S2ALayer, aligned
@@ -65,7 +67,6 @@ class S2AModel(BaseTuner):
         # On the instance: PEFT wants the prefix of a registered class to be its type's name, and this class serves
         # four.
         self.__dict__["prefix"] = PREFIX
-        self.__dict__["_activation_config"] = None  # what was last asked for, by an adapter
         self.__dict__["_is_injecting"] = False
         super().__init__(model, *args, **kwargs)
 
@@ -79,7 +80,7 @@ class S2AModel(BaseTuner):
     def _refuse_conflicts(self, config: _S2ABaseConfig) -> None:
         """Raises if one adapter trains whole what another one adapts: the wrapper of neither fits into the other's."""
         for name, other in self.peft_config.items():
-            if other is config or other.structure_targets is None:
+            if other is config or not isinstance(other, _S2ABaseConfig) or other.structure_targets is None:
                 continue
             for whole, adapted in ((config, other), (other, config)):
                 found = [
@@ -123,7 +124,7 @@ class S2AModel(BaseTuner):
         config = self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
         if config.modules_to_save is None:
             config.modules_to_save = exact_keys(model, find_task_heads(model))
-        if reason := _untrainable(model, config.modules_to_save):
+        if reason := _untrainable(model, config.modules_to_save) or _not_there(model, config.modules_to_save):
             self._discard_adapter(adapter_name)
             raise ValueError(reason)
         if state_dict is not None:
@@ -134,6 +135,9 @@ class S2AModel(BaseTuner):
             names = {name for targets in config.structure_targets.values() for name in targets}
             state_dict = dict.fromkeys(f"{name}.{PREFIX}" for name in names)
         requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
+        wanted_before = self._wanted_quantization(
+            dict.fromkeys(name for layer in self._layers() for name in layer.active_adapters)
+        )
         self._is_injecting = True
         for top in self._ladder_tops():
             top.leave()  # PEFT copies heads with all that hooks on them refer to
@@ -141,7 +145,7 @@ class S2AModel(BaseTuner):
             super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
             self._train_whole(config, adapter_name)
             self._freeze_statistics(config, adapter_name)
-            self._quantize_activations(has_new_layers=True)
+            self._quantize_activations(wanted_before, has_new_layers=True)
         except Exception:
             self._discard_adapter(adapter_name)
             for parameter, required_grad in requires_grad.items():
@@ -261,20 +265,15 @@ class S2AModel(BaseTuner):
         """What PEFT does for `modules_to_save`, for those that are given by their whole names."""
         for name in named_exactly(config.modules_to_save):
             parent_name, _, own_name = name.rpartition(".")
-            try:
-                parent, module = self.model.get_submodule(parent_name), self.model.get_submodule(name)
-            except AttributeError:
-                raise ValueError(
-                    f"`modules_to_save` names {name!r}, which {type(self.model).__name__} has not."
-                ) from None
-            if isinstance(module, ModulesToSaveWrapper):
-                module.update(adapter_name)
-                module.set_adapter(module.active_adapter, inference_mode=config.inference_mode)
+            wrapper = self.model.get_submodule(name)
+            if isinstance(wrapper, ModulesToSaveWrapper):
+                wrapper.update(adapter_name)
             else:
-                wrapper = ModulesToSaveWrapper(module, adapter_name)
-                is_active = adapter_name in self.active_adapters
-                wrapper.set_adapter(adapter_name if is_active else [], inference_mode=config.inference_mode)
-                setattr(parent, own_name, wrapper)
+                wrapper = ModulesToSaveWrapper(wrapper, adapter_name)
+                wrapper.set_adapter([])
+                setattr(self.model.get_submodule(parent_name), own_name, wrapper)
+            if adapter_name in self.active_adapters:
+                wrapper.set_adapter(adapter_name, inference_mode=config.inference_mode)
 
     def _ladder_tops(self) -> list[LadderTop]:
         return [layer for layer in self._layers() if isinstance(layer, LadderTop)]
@@ -368,23 +367,30 @@ class S2AModel(BaseTuner):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Deletes an adapter; see `BaseTuner.delete_adapter`. Activations are quantised as those want that are active then."""
+        wanted_before = self._wanted_quantization(self.active_adapters)
         super().delete_adapter(adapter_name)
-        self._quantize_activations()
+        freeze_as_the_active_want(self.model, self.active_adapters)
+        self._quantize_activations(wanted_before)
 
     def set_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Activates adapters; see `BaseTuner.set_adapter`. Activations are quantised as the first of them wants that wants it."""
+        wanted_before = self._wanted_quantization(self.active_adapters)
         super().set_adapter(*args, **kwargs)
         if not self._is_injecting:  # which may still fail, and then leaves nothing quantised
-            self._quantize_activations()
+            self._quantize_activations(wanted_before)
 
-    def _quantize_activations(self, has_new_layers: bool = False) -> None:
-        configs = filter(None, map(self.peft_config.get, self.active_adapters))
-        wanted = next((c.activation_quantization for c in configs if c.activation_quantization is not None), None)
-        if wanted is not None and (has_new_layers or wanted != self._activation_config):
+    def _wanted_quantization(self, adapters: Iterable[str]) -> ActivationQuantizationConfig | None:
+        return wanted_quantization(self.peft_config, adapters)
+
+    def _quantize_activations(
+        self, wanted_before: ActivationQuantizationConfig | None, has_new_layers: bool = False
+    ) -> None:
+        """As the active adapters want, if that has changed: what a user has set beside stays."""
+        wanted = self._wanted_quantization(self.active_adapters)
+        if has_new_layers and wanted is not None:
             quantize_activations(self.model, wanted)
-        elif wanted is None and self._activation_config is not None:
-            restore_activations(self.model)
-        self._activation_config = wanted
+        else:
+            follow_quantization(self.model, wanted_before, wanted)
 
     def _layers(self) -> list[S2ALayer]:
         return [module for module in self.model.modules() if isinstance(module, S2ALayer)]
@@ -398,6 +404,14 @@ class S2AModel(BaseTuner):
     def _discard_adapter(self, adapter_name: str) -> None:
         """Removes all that an injection that failed has left, so that the model is as it was before."""
         self.peft_config.pop(adapter_name, None)
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+                module.delete_adapter(
+                    adapter_name, [other for other in module.active_adapters if other != adapter_name]
+                )
+                if not module.modules_to_save:
+                    parent_name, _, own_name = name.rpartition(".")
+                    setattr(self.model.get_submodule(parent_name), own_name, module.original_module)
         for layer in self._layers():
             if adapter_name in layer._all_available_adapter_names():
                 layer.delete_adapter(adapter_name)
@@ -447,7 +461,7 @@ class S2AModel(BaseTuner):
     ) -> nn.Module:
         if merge:
             self.merge_adapter(adapter_names, safe_merge=safe_merge)
-        if self._activation_config is not None:
+        if self._wanted_quantization(self.active_adapters) is not None:
             restore_activations(self.model)
         self._detach_layers()
         for layer in self._layers():
@@ -552,6 +566,8 @@ def _holders(model: nn.Module) -> dict[int, set[str]]:
     others call it too."""
     found: dict[int, set[str]] = {}
     names = {id(module): name for name, module in model.named_modules()}
+    for parameter in model.parameters(recurse=False):
+        found.setdefault(id(parameter), set()).add("the model itself")
     for module in model.modules():
         for child_name, child in module._modules.items():
             if child is None:
@@ -562,6 +578,20 @@ def _holders(model: nn.Module) -> dict[int, set[str]]:
             for parameter in filter(lambda p: p is not None, child._parameters.values()):
                 found.setdefault(id(parameter), set()).add(name)
     return found
+
+
+def _not_there(model: nn.Module, modules_to_save: list[str]) -> str | None:
+    """Why modules that are given by their whole names cannot be trained whole; None if they can."""
+    for name in named_exactly(modules_to_save):
+        try:
+            module = model.get_submodule(name)
+        except AttributeError:
+            module = model
+        if module is model:
+            return f"`modules_to_save` names {name!r}, which {type(model).__name__} has not."
+        if isinstance(module, CONTAINERS):
+            return f"`modules_to_save` names {name!r}, a {type(module).__name__}, which nobody calls. Name its parts."
+    return None
 
 
 def _refuse_names_of_modules(own: set[str], adapter_name: str, others: list[str]) -> None:

@@ -210,7 +210,7 @@ class SideLayer(AttachedLayer):
         if up.is_meta and not y.is_meta:  # torch's products would read memory that is not the tensor's
             raise RuntimeError(
                 f"The side branch of {adapter_name!r} is on the meta device and has no values, but its module computes. "
-                "Load the adapter's weights first."
+                "Load the adapter's weights first; if accelerate has offloaded them, leave `preload_module_classes` out."
             )
         up, hidden = up.to(y.dtype), self._project_down(x, y, down.to(x.dtype))
         activation = "gelu" if self.has_activation[adapter_name] else None

@@ -331,6 +331,17 @@ class TestHeadsThatAnotherAdapterTrains:
         assert_untouched(model, before, trainable_too=False)
 
 
+def test_where_the_active_adapter_is_deleted_the_next_one_decides():
+    model = get_peft_model(WithNormInHead(), S2ABiasConfig(modules_to_save=[]), adapter_name="a")
+    model.add_adapter("b", S2ABiasConfig(modules_to_save=[], freeze_batch_norm_stats=False))
+    model.add_adapter("c", S2ABiasConfig(modules_to_save=[]))
+    model.delete_adapter("a")
+    assert model.active_adapters == ["b"]
+    before = model.base_model.model.norm.s2a_running_mean["b"].clone()
+    model.train()(torch.randn(4, 3, 8, 8) + 3)
+    assert not torch.equal(model.base_model.model.norm.s2a_running_mean["b"], before)
+
+
 class TestConversionToSyncBatchNorm:
     @pytest.mark.parametrize("config", ["bias", "side"])
     def test_frozen_statistics_stay_frozen(self, config):

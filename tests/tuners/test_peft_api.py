@@ -321,7 +321,7 @@ class TestQuantisation:
         def fail(*_):
             raise ValueError("no ladder here")
 
-        monkeypatch.setattr(S2AModel, "_join_ladder", fail)
+        monkeypatch.setattr(S2AModel, "_freeze_statistics", fail)
         base = base_model()
         with pytest.raises(ValueError, match="no ladder here"):
             get_peft_model(base, S2AConfig())

@@ -8,8 +8,8 @@ import families
 import pytest
 import torch
 import zoo
-from methods import S2A, assert_untouched, base_model, logits, make_config, snapshot
-from peft import PeftConfig, PeftModel, convert_to_lora, get_peft_model
+from methods import S2A, assert_untouched, base_model, logits, make_config, snapshot, trainable
+from peft import LoraConfig, PeftConfig, PeftModel, convert_to_lora, get_peft_model
 from peft.helpers import rescale_adapter_scale
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
@@ -19,7 +19,9 @@ from torch import nn
 from transformers import LwDetrForObjectDetection
 
 from peft_s2a import S2ABiasConfig, S2AConfig, S2ASideConfig, quantize_activations
+from peft_s2a.loading import check_tensors
 from peft_s2a.tuners.bias import BiasLayer
+from peft_s2a.tuners.model import S2AModel
 from peft_s2a.tuners.side import SideLayer
 
 
@@ -116,6 +118,37 @@ class TestTransformersAdapters:
         assert torch.equal(logits(model), expected)
         for name in ("vit", "vit.layers.0", "vit.layers.0.mlp", "vit.layers.0.attention"):
             assert type(model.get_submodule(name)) is types[name]
+
+    def test_activations_are_quantised_as_the_one_wants_that_was_loaded(self, tmp_path):
+        options = {"modules_to_save": [], "target_modules": ["fc1"]}
+        get_peft_model(base_model(), S2ABiasConfig(**options)).save_pretrained(tmp_path / "codes")
+        plain = get_peft_model(base_model(), S2ABiasConfig(**options, activation_quantization=None))
+        plain.save_pretrained(tmp_path / "plain")
+        model = base_model()
+        stock = type(model.vit.layers[0])
+        for folder, is_stock in (("codes", False), ("plain", True)):
+            model.load_adapter(tmp_path / folder, folder)
+            assert model.active_adapters() == [folder] and (type(model.vit.layers[0]) is stock) == is_stock
+
+    def test_what_a_user_has_set_stays_while_the_adapters_want_the_same(self):
+        model = base_model()
+        model.add_adapter(S2ABiasConfig(), "first")
+        quantize_activations(model, {"bits": 8})
+        model.set_adapter("first")
+        assert model.vit.layers[0]._activation_settings.config.bits == 8
+
+    @pytest.mark.parametrize("first", ["lora", "s2a"])
+    def test_beside_lora(self, first):
+        configs = {
+            "lora": LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=[], init_lora_weights=False),
+            "s2a": S2ABiasConfig(modules_to_save=[], init_weights=False, activation_quantization=None),
+        }
+        model = base_model()
+        stock, found = logits(model), []
+        for name in (first, "s2a" if first == "lora" else "lora"):
+            model.add_adapter(configs[name], name)
+            found.append(logits(model))
+        assert not torch.equal(found[0], stock) and not torch.equal(found[1], found[0])
 
     def test_a_user_s_own_quantisation_stays(self):
         model = quantize_activations(base_model())
@@ -239,20 +272,58 @@ class TestHeadsWithAmbiguousNames:
         fresh.load_adapter(tmp_path)
         assert torch.equal(fresh(images).logits, expected)
 
-    def test_a_name_that_the_model_has_not(self):
-        model = base_model()
+    @pytest.mark.parametrize(("name", "message"), [("^fcc", "has not"), ("^", "has not"), ("^list", "nobody calls")])
+    def test_names_that_cannot_be_trained_leave_the_model_as_it_was(self, name, message):
+        model = WithSqueezeExcitation()
+        model.list = nn.ModuleList([nn.Linear(2, 2)])
         before = snapshot(model)
-        with pytest.raises(ValueError, match="names 'head', which"):
-            get_peft_model(model, S2AConfig(modules_to_save=["^head"]))
+        with pytest.raises(ValueError, match=message):
+            get_peft_model(model, S2AConfig(modules_to_save=["^fc", name]))
         assert_untouched(model, before)
+
+    def test_an_injection_that_fails_takes_its_copies_of_heads_along(self, monkeypatch):
+        base = WithSqueezeExcitation()
+        model = get_peft_model(base, S2AConfig())
+
+        def fail(*_) -> None:
+            raise ValueError("not today")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(S2AModel, "_freeze_statistics", fail)
+            with pytest.raises(ValueError, match="not today"):
+                model.add_adapter("second", S2AConfig())
+        assert list(base.fc.modules_to_save) == ["default"] and base.fc.active_adapters == ["default"]
+        assert all(p.requires_grad for p in base.fc.modules_to_save["default"].parameters())
+
+    def test_an_adapter_that_is_loaded_for_inference_freezes_no_other(self, tmp_path):
+        base = WithSqueezeExcitation()
+        model = get_peft_model(base, S2AConfig())
+        model.save_pretrained(tmp_path)
+        before = trainable(model)
+        model.load_adapter(tmp_path, "second")
+        assert trainable(model) == before
+
+    @pytest.mark.parametrize("name", ["dpt segmentation", "owlvit detection", "lw-detr detection"])
+    def test_a_second_adapter_trains_the_same_heads(self, name):
+        model = get_peft_model(zoo.ZOO[name][0](), S2ABiasConfig(activation_quantization=None))
+        model.add_adapter("second", S2ABiasConfig(activation_quantization=None))
+        assert model.peft_config["second"].modules_to_save == model.peft_config["default"].modules_to_save
+        model(**zoo.ZOO[name][1]())
+
+    def test_files_change_no_other_module_of_such_a_name(self):
+        with pytest.raises(ValueError, match="would change the base model"):
+            check_tensors({"excitation.fc.weight": torch.zeros(8, 8)}, ["^fc"])
+        check_tensors({"fc.weight": torch.zeros(5, 8)}, ["^fc"])
 
 
 class TestMergingTiedParameters:
-    @pytest.mark.parametrize("tied", ["bias", "module"])
+    @pytest.mark.parametrize("tied", ["bias", "module", "of the root"])
     def test_is_refused(self, tied):
         base = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4))
         if tied == "bias":
             base[2].bias = base[0].bias
+        elif tied == "of the root":
+            base.shift = base[0].bias
         else:
             base.append(base[0])
         model = get_peft_model(base, S2ABiasConfig(target_modules=["0"], modules_to_save=[], init_weights=False))
