@@ -34,7 +34,7 @@ if TIMM_FOLDER.is_dir():
 NOT_FOLLOWED = {
     "test_agreement.py", "test_batch_norm.py", "test_checkpointing.py", "test_compile.py", "test_compiled.py",
     "test_corpus.py", "test_coverage.py", "test_ddp.py", "test_export.py", "test_families.py", "test_faults.py",
-    "test_fsdp.py", "test_inline.py", "test_placement.py", "test_plan_surprises.py", "test_random.py",
+    "test_fsdp.py", "test_independence.py", "test_inline.py", "test_peft_api.py", "test_placement.py", "test_plan_surprises.py", "test_random.py",
     "test_synchronization.py", "test_triton.py",
 }  # fmt: skip
 NOT_FOLLOWED_FOLDERS = {"benchmarks", "examples"}

@@ -334,8 +334,8 @@ def verdicts(seeds):
 
 
 def test_no_random_program_is_proved_that_mixes_samples():
-    found = list(verdicts([*range(150), 7821]))  # the last was, once
-    assert len(found) > 20
+    found = list(verdicts([*range(90), 7821]))  # the last was, once
+    assert len(found) > 10
     assert not any(found), next(filter(None, found))
 
 

@@ -455,8 +455,15 @@ KINDS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("tiles", [1, 3])
-@pytest.mark.parametrize("kind", KINDS)
+# In the usual run each kind in one piece or in tiles, in turn; most have the same cause in both.
+IN_TURN = [
+    pytest.param(kind, tiles, marks=pytest.mark.slow if (tiles == 1) == (index % 2 == 1) else ())
+    for index, kind in enumerate(KINDS)
+    for tiles in (1, 3)
+]
+
+
+@pytest.mark.parametrize(("kind", "tiles"), IN_TURN)
 def test_steps_are_stock(kind, tiles):
     for holder in (BANK, Schedule, AModule.schedule, AClass.schedule, OfItsClass.schedule):
         holder.value = holder.temperature = 1.0

@@ -22,7 +22,9 @@ CONFIGS = {
     "ladder": lambda **kwargs: S2ASideConfig(side_mode="ladder", **kwargs),
 }
 every_config = pytest.mark.parametrize("config", CONFIGS)
-every_family = pytest.mark.parametrize("family", ["resnet", "timm_resnet", "plain_cnn"])
+every_family = pytest.mark.parametrize(
+    "family", ["resnet", pytest.param("timm_resnet", marks=pytest.mark.slow), "plain_cnn"]
+)
 
 
 @pytest.fixture(autouse=True)
