@@ -486,8 +486,9 @@ class S2AModel(BaseTuner):
             state_dict=state_dict,
             unwanted_adapter_names=unwanted_adapter_names,
         )
-        own = {name for name, is_there in cls._names_of_layers(model, adapter_name) if is_there}
-        absent = {name for name, is_there in cls._names_of_layers(model, adapter_name) if not is_there}
+        names = dict(cls._names_of_layers(model, adapter_name))
+        own = {name for name, is_there in names.items() if is_there}
+        absent = names.keys() - own
         _refuse_names_of_modules(cls._own_names(model, adapter_name) - absent, adapter_name, unwanted_adapter_names)
         # PEFT looks for what lies in wrapped modules by other names.
         found |= {name: state_dict[name] for name in own if name in state_dict}
@@ -575,7 +576,7 @@ def _holders(model: nn.Module) -> dict[int, set[str]]:
             name = (
                 names[id(module)] if isinstance(module, BiasLayer) else f"{names[id(module)]}.{child_name}".lstrip(".")
             )
-            for parameter in filter(lambda p: p is not None, child._parameters.values()):
+            for parameter in child.parameters(recurse=False):
                 found.setdefault(id(parameter), set()).add(name)
     return found
 
