@@ -222,6 +222,46 @@ def test_blocks_that_backward_runs_again(method, reentrant):
     assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
 
 
+@pytest.mark.parametrize(
+    ("case", "recomputed"),
+    [
+        *((case, "nothing") for case in SHARED),
+        *((case, way) for case in WITH_STATE if "ladder" not in case for way in ("blocks", "blocks, reentrant")),
+    ],
+)
+def test_backward_in_another_thread(case, recomputed):
+    """As on GPUs, of which each has a thread for its backward passes."""
+    family, make = SHARED[case]
+
+    def build() -> nn.Module:
+        base = families.build(family)
+        torch.manual_seed(0)
+        model = get_peft_model(base, make()).train()
+        if recomputed != "nothing":
+            model.gradient_checkpointing_enable({"use_reentrant": recomputed.endswith("reentrant")})
+        return model
+
+    def steps(run_backward: Callable[[torch.Tensor], object]) -> list[torch.Tensor]:
+        model, found = build(), []
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.SGD(parameters, 0.1)
+        for seed in range(3):
+            images, labels = families.batch(family, seed=seed)
+            torch.manual_seed(seed)
+            loss = nn.functional.cross_entropy(families.logits(model, images), labels)
+            run_backward(loss)
+            found += [
+                loss.detach(),
+                *(parameter.grad.clone() for parameter in parameters if parameter.grad is not None),
+            ]
+            optimizer.step()
+            optimizer.zero_grad()
+        return found
+
+    ours, theirs = steps(lambda loss: in_threads(loss.backward)), steps(torch.Tensor.backward)
+    assert len(ours) == len(theirs) > 6 and all(map(torch.equal, ours, theirs))
+
+
 @pytest.mark.parametrize("case", WITH_STATE)
 def test_no_tensor_of_a_call_outlives_it(case):
     family, make = SHARED[case]
