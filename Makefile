@@ -25,7 +25,7 @@ docs: $(INSTALLED)  ## Build the documentation into site/; broken links are erro
 
 # One thread in each process: two would wait for one another's, which takes twice as long.
 test: $(INSTALLED)  ## Run all tests, offline, in two processes; show the slowest, and how much of the package they cover.
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile --durations 15 --cov --cov-report=
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 15 --cov --cov-report=
 
 coverage: $(INSTALLED)  ## What the last `make test` left uncovered, by file.
 	$(BIN)/coverage report --show-missing

@@ -135,7 +135,7 @@ class TestSelection:
         )
         assert ours[2].dtype == torch.float64 and all(torch.equal(our, their) for our, their in zip(ours, theirs))
 
-    @pytest.mark.parametrize("backend", ["auto", "compiled"])
+    @pytest.mark.parametrize("backend", [pytest.param("auto", marks=pytest.mark.slow), "compiled"])
     def test_without_a_compiler_one_warning_and_the_reference(self, tmp_path, backend):
         script = f"""
             import warnings, torch

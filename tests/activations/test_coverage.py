@@ -107,7 +107,7 @@ ALL = [*FAMILIES, *MORE]
 # Of these hardly two blocks are alike, so that recording them for two sizes takes long.
 MANY_PLANS = {"mobilevit", "timm_swin", "timm_resnet", "timm_efficientnet"}
 IN_TILES = [  # of the others every second, in the usual run
-    pytest.param(name, marks=pytest.mark.slow if name in MANY_PLANS or index % 2 else ())
+    pytest.param(name, marks=pytest.mark.slow if name in MANY_PLANS or index % 3 else ())
     for index, name in enumerate(ALL)
 ]
 

@@ -2,6 +2,7 @@
 
 import re
 
+import pytest
 from example_scripts import EXAMPLES, run_script
 from safetensors.torch import load_file
 
@@ -24,6 +25,7 @@ def test_compares_methods_and_reloads_the_adapter(tmp_path):
     assert load_file(tmp_path / "adapter" / "adapter_model.safetensors")
 
 
+@pytest.mark.slow
 def test_the_search_tries_five_rates_for_each_method(tmp_path):
     printed = run_script(
         *(EXAMPLES / "demo.py", "--search", "--seeds", "0", "--num_train_epochs", "1", "--methods", "linear"),

@@ -10,7 +10,7 @@ def _case(name: str, index: int):
     """Of neighbours, which are variations of one cause for the most part, the usual run takes every second."""
     reason = KNOWN_FAILURES.get(name)
     marks = [pytest.mark.xfail(strict=True, reason=reason)] if reason else []
-    return pytest.param(name, marks=[*marks, pytest.mark.slow] if index % 2 else marks)
+    return pytest.param(name, marks=[*marks, pytest.mark.slow] if index % 3 else marks)
 
 
 @pytest.mark.parametrize("name", [_case(name, index) for index, name in enumerate(CORPUS)])
