@@ -43,10 +43,17 @@ FOLLOWED = {
 BEGUN_FIRST = {"test_demo.py", "test_ddp.py", "test_fsdp.py", "test_plans.py", "test_compile.py"}
 
 
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_protocol(item):
+    """pytest-cov's own marker for this, `no_cover`, changes nothing in the processes of pytest-xdist."""
+    trace = sys.gettrace()
+    if item.path.name not in FOLLOWED:
+        sys.settrace(None)
+    yield
+    sys.settrace(trace)
+
+
 def pytest_collection_modifyitems(items):
-    for item in items:
-        if item.path.name not in FOLLOWED:
-            item.add_marker(pytest.mark.no_cover)
     items.sort(key=lambda item: not (item.path.name in BEGUN_FIRST or item.path.parent.name == "examples"))
 
 

@@ -188,24 +188,24 @@ def peak_above(call: Callable[[], object]) -> int:
 
 @needs_device
 def test_kernels_allocate_no_temporaries_of_the_inputs_size():
-    x, calls = calls_of_kernels(rows=32768, count=768, heads=12)
+    x, calls = calls_of_kernels(rows=32768, tokens=512, count=768, heads=12)
     for name, call in calls.items():
         assert peak_above(call) < x.nbytes // 8, name
 
 
 def test_each_of_these_kernels_runs():
     """Under Triton's interpreter where there is no device."""
-    _, calls = calls_of_kernels(rows=512, count=64, heads=2)
+    _, calls = calls_of_kernels(rows=32, tokens=16, count=64, heads=2)
     for name, call in calls.items():
         results = call()
         assert all(x.numel() for x in (results if isinstance(results, (tuple, list)) else [results])[:2]), name
 
 
-def calls_of_kernels(rows: int, count: int, heads: int) -> tuple[Tensor, dict[str, Callable[[], object]]]:
+def calls_of_kernels(rows: int, tokens: int, count: int, heads: int) -> tuple[Tensor, dict[str, Callable[[], object]]]:
     """The tensor that ops get, and calls of those whose kernels are to allocate little beside their results."""
     ops = op_set("triton")
     x, weight = torch.randn(rows, count, device=DEVICE), torch.ones(count, device=DEVICE)
-    by_head = x.view(rows // 512, 512, heads, count // heads).transpose(1, 2)
+    by_head = x.view(rows // tokens, tokens, heads, count // heads).transpose(1, 2)
     levels = torch.linspace(0, 1, 16).tolist()
     normed = ops.encode_norm(x, 1e-5, True, True, 4, count, None)
     coded = list(ops.encode_heads(by_head, 4, 32, True, True, None))
