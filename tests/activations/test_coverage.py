@@ -106,7 +106,7 @@ LARGER = {"levit": 64, "mobilevit": 64, "timm_swin": 32, "timm_eva": 28}
 ALL = [*FAMILIES, *MORE]
 # Of these hardly two blocks are alike, so that recording them for two sizes takes long.
 MANY_PLANS = {"mobilevit", "timm_swin", "timm_resnet", "timm_efficientnet"}
-IN_TILES = [  # of the others every second, in the usual run
+IN_TILES = [  # of the others every third, in the usual run
     pytest.param(name, marks=pytest.mark.slow if name in MANY_PLANS or index % 3 else ())
     for index, name in enumerate(ALL)
 ]

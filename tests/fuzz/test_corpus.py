@@ -7,7 +7,7 @@ from .known import KNOWN_FAILURES
 
 
 def _case(name: str, index: int):
-    """Of neighbours, which are variations of one cause for the most part, the usual run takes every second."""
+    """Of neighbours, which are variations of one cause for the most part, the usual run takes every third."""
     reason = KNOWN_FAILURES.get(name)
     marks = [pytest.mark.xfail(strict=True, reason=reason)] if reason else []
     return pytest.param(name, marks=[*marks, pytest.mark.slow] if index % 3 else marks)
