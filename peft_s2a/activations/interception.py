@@ -73,9 +73,11 @@ class OperatorMode(TorchFunctionMode):
         # torch.compile finds these in no dict: they are functions that torch has written in Python
         handler = power if func is Tensor.__pow__ else norm if func is Tensor.norm else HANDLERS.get(func)
         if handler is not None and torch.is_grad_enabled() and not _left_to_stock(args, kwargs):
-            result = handler(
-                self, *args, **{_NUMPY_NAMES.get(name, name): value for name, value in (kwargs or {}).items()}
-            )
+            if kwargs:
+                kwargs = {_NUMPY_NAMES.get(name, name): value for name, value in kwargs.items()}
+                result = handler(self, *args, **kwargs)
+            else:
+                result = handler(self, *args)
             if result is not NotImplemented:
                 return result
         if torch.compiler.is_compiling():

@@ -47,9 +47,9 @@ def call_compiled(function: Callable[..., Any], args: Sequence[Any], kwargs: dic
     a checkpoint around the one call.
     """
     result = function(*args, **kwargs)
-    tensors = [x for x in args if isinstance(x, Tensor)]
-    if kwargs or not isinstance(result, Tensor) or any(x.requires_grad for x in tensors):
+    if kwargs or not isinstance(result, Tensor) or result.requires_grad:
         return result
+    tensors = [x for x in args if isinstance(x, Tensor)]
     if function is Tensor.contiguous:
         again = not tensors[0].is_contiguous()  # what it is made of may itself be made again
     elif len(tensors) != 2:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.func import functional_call
 
 from peft_s2a.anatomy import BATCH_NORMS, CONVOLUTIONS, NORMALISATIONS, is_normalisation, output_width
 from peft_s2a.compat import bits_of_bitsandbytes, has_global_module_hooks, resident
@@ -102,7 +101,7 @@ class BiasLayer(S2ALayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         base_layer = self._modules["base_layer"]
-        adapters = list(self.adapters_in_use())
+        adapters = self.adapters_in_use()
         if not adapters:
             return base_layer(*args, **kwargs)
         watched = _is_watched(base_layer)
@@ -112,7 +111,7 @@ class BiasLayer(S2ALayer):
         if not parameters:
             output = base_layer(*args, **kwargs)
         elif torch.compiler.is_compiling() and not _hides_a_parameter(base_layer, parameters):
-            output = functional_call(base_layer, parameters, args, kwargs)
+            output = _call_compiled(base_layer, parameters, args, kwargs)
         elif watched:
             output = _call_watched(base_layer, parameters, args, kwargs)
         else:
@@ -127,13 +126,13 @@ class BiasLayer(S2ALayer):
         """(the base module's tensors with their offsets, offset for its output: of a bias that does not go inside)."""
         base_layer = self._modules["base_layer"]
         tensors: dict[str, torch.Tensor] = {}
-        offset = _sum([resident(self.s2a_bias, name) for name in adapters if name in self.s2a_bias])
+        offset = _total(self.s2a_bias, adapters)
         if offset is not None and bias_inside:
-            tensors["bias"] = (resident(base_layer, "bias") + offset).to(base_layer.bias.dtype)
+            tensors["bias"] = _moved(resident(base_layer, "bias"), offset)
             offset = None
-        scale = _sum([resident(self.s2a_scale, name) for name in adapters if name in self.s2a_scale])
+        scale = _total(self.s2a_scale, adapters)
         if scale is not None:
-            tensors["weight"] = (resident(base_layer, "weight") + scale).to(base_layer.weight.dtype)
+            tensors["weight"] = _moved(resident(base_layer, "weight"), scale)
         return tensors, offset
 
     def _broadcast(self, offset: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
@@ -177,7 +176,9 @@ def _is_watched(layer: nn.Module) -> bool:
     """Whether others look at the calls of `layer`, or run it in their own way."""
     if "forward" in layer.__dict__ or has_global_module_hooks():
         return True
-    return any(not _is_own(hook) for hooks in _hooks(layer) if hooks for hook in hooks.values())
+    if not _has_hooks(layer):
+        return False
+    return any(not _is_own(hook) for hooks in _hooks(layer) for hook in hooks.values())
 
 
 def _hooks(layer: nn.Module) -> tuple[dict, ...]:
@@ -257,6 +258,20 @@ def _call_with(
     return output
 
 
+def _call_compiled(
+    layer: nn.Module, tensors: dict[str, torch.Tensor], args: tuple, kwargs: dict[str, Any]
+) -> torch.Tensor:
+    """What `_call_with` computes, for torch.compile, which cannot copy modules: what is put into the layer is seen by the
+    graph alone. `torch.func.functional_call` does the same in several times as many steps to be traced."""
+    held = layer._parameters
+    own = {name: held[name] for name in tensors}
+    held.update(tensors)
+    try:
+        return layer(*args, **kwargs)
+    finally:
+        held.update(own)
+
+
 def _call_watched(
     layer: nn.Module, tensors: dict[str, torch.Tensor], args: tuple, kwargs: dict[str, Any]
 ) -> torch.Tensor:
@@ -272,5 +287,16 @@ def _call_watched(
     return layer(*args, **kwargs) + change
 
 
-def _sum(tensors: list[torch.Tensor]) -> torch.Tensor | None:
-    return sum(tensors[1:], start=tensors[0]) if tensors else None
+def _total(offsets: nn.ParameterDict, adapters: list[str]) -> torch.Tensor | None:
+    """The sum of the adapters' offsets; None if none of them has any."""
+    total = None
+    for name in adapters:
+        if name in offsets:
+            offset = resident(offsets, name)
+            total = offset if total is None else total + offset
+    return total
+
+
+def _moved(tensor: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    moved = tensor + offset
+    return moved if moved.dtype == tensor.dtype else moved.to(tensor.dtype)

@@ -159,7 +159,7 @@ class LadderTop(_LadderBase):
         super().delete_adapter(adapter_name)
 
     def _join_input(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-        if not any(self.adapters_in_use()):
+        if not self.adapters_in_use():
             return None
         joined = with_first_tensor(args, kwargs, self._join(first_tensor(args, kwargs)))
         if module is self._heads[-1]:
@@ -167,7 +167,7 @@ class LadderTop(_LadderBase):
         return joined
 
     def _join_output(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        if not any(self.adapters_in_use()):
+        if not self.adapters_in_use():
             return output
         if module.training and getattr(module, "gradient_checkpointing", False):
             raise RuntimeError(

@@ -15,7 +15,7 @@ both rely on this when they insert the adapter's name into the keys of a checkpo
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -49,12 +49,17 @@ class S2ALayer(nn.Module, BaseTunerLayer):
         self._active_adapter: str | list[str] = []
         self.merged_adapters: list[str] = []
 
-    def adapters_in_use(self) -> Iterator[str]:
+    def adapters_in_use(self) -> list[str]:
         """The active adapters that have weights here; none while adapters are disabled or merged."""
         if self._disable_adapters or self.merged_adapters:
-            return
-        weights = [self._modules[name] for name in (*self.adapter_layer_names, *self.other_param_names)]
-        yield from (adapter for adapter in self.active_adapters if any(adapter in of_a_kind for of_a_kind in weights))
+            return []
+        found = []  # with loops: every generator is a frame more for torch.compile to trace
+        for adapter in self.active_adapters:
+            for name in (*self.adapter_layer_names, *self.other_param_names):
+                if adapter in self._modules[name]:
+                    found.append(adapter)
+                    break
+        return found
 
     def reference_tensor(self) -> torch.Tensor:
         """A floating-point tensor of the base module; new weights take its device and dtype."""

@@ -80,14 +80,14 @@ class PromptLayer(_PromptBase):
             nn.init.normal_(self.s2a_gate[adapter_name])
 
     def _remember_query(self, module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
-        if any(self.adapters_in_use()):
+        if self.adapters_in_use():
             # a slice of everything would be another tensor to a compiler, which coded the query twice
             self.in_flight["query"] = output if output.shape[-1] == self.width else output[..., : self.width]
 
     def _add_attention(
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]] | None:
-        adapters = list(self.adapters_in_use())
+        adapters = self.adapters_in_use()
         if not adapters:
             return None
         query = self.in_flight.pop("query", None)
@@ -135,7 +135,7 @@ class InputPromptLayer(_PromptBase):
             nn.init.normal_(self.s2a_pattern[adapter_name], std=0.1)
 
     def _add_pattern(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-        adapters = list(self.adapters_in_use())
+        adapters = self.adapters_in_use()
         if not adapters:
             return None
         images = first_tensor(args, kwargs)

@@ -191,11 +191,11 @@ class SideLayer(AttachedLayer):
         super().delete_adapter(adapter_name)
 
     def _remember_input(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if any(self.adapters_in_use()):
+        if self.adapters_in_use():
             self.in_flight["input"] = first_tensor(args, kwargs)
 
     def _add_branch(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        adapters = list(self.adapters_in_use())
+        adapters = self.adapters_in_use()
         if not adapters:
             return output
         x = first_tensor(args, kwargs) if self._split is None else self.in_flight.pop("input")
