@@ -1,6 +1,6 @@
-"""What the package uses of torch, peft and transformers that these do not promise to keep, in one place.
+"""What the package uses of torch, peft, accelerate and transformers that these do not promise to keep, in one place.
 
-Checked against torch 2.13.0, peft 0.21.2 and transformers 5.23.0.
+Checked against torch 2.13.0, peft 0.21.2, accelerate 1.15.0 and transformers 5.23.0.
 """
 
 from __future__ import annotations
@@ -8,11 +8,13 @@ from __future__ import annotations
 import functools
 import inspect
 import re
+import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.hooks import AlignDevicesHook
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import _ExcludedModule as ExcludedModule
 from torch import nn
@@ -82,6 +84,7 @@ __all__ = [
     "TorchDispatchMode",
     "TreeSpec",
     "WithoutKeys",
+    "bind_forward_anew",
     "bits_of_bitsandbytes",
     "caches_results",
     "count_dispatch_modes",
@@ -94,6 +97,7 @@ __all__ = [
     "fresh_node_metadata",
     "function_modes",
     "guard_or_false",
+    "has_accelerate_hook",
     "has_global_module_hooks",
     "has_kernel",
     "is_capturing_outputs",
@@ -105,12 +109,14 @@ __all__ = [
     "no_dispatch_modes",
     "outer_saved_tensors_hooks",
     "parse_regular_expression",
+    "placing_hook",
     "plain_tensors",
     "pop_function_mode",
     "push_function_mode",
     "remove_forward_hooks",
     "replace_methods",
     "replace_recomputed",
+    "replaced_forward",
     "resident",
     "sequence_number",
     "snapshot",
@@ -144,6 +150,36 @@ def parse_regular_expression(pattern: str) -> Any:
 def has_global_module_hooks() -> bool:
     """Whether a hook on the calls of all modules has been registered, `torch.nn.modules.module.register_module_*`."""
     return torch_module._has_any_global_hook()
+
+
+def replaced_forward(module: nn.Module) -> Callable[..., Any] | None:
+    """The forward method that was set on `module` itself, as accelerate's hooks do; None where calls run its class's."""
+    forward = module.__dict__.get("forward")
+    is_own = getattr(forward, "__func__", None) is type(module).forward and forward.__self__ is module
+    return None if is_own else forward
+
+
+def bind_forward_anew(module: nn.Module, before: type[nn.Module]) -> None:
+    """Have `module` run its class's forward method where that of `before`, which was its class, has been bound to it: by
+    accelerate's hooks, which call `_old_forward` and make it `forward` when they are removed."""
+    for name in ("forward", "_old_forward"):
+        bound = module.__dict__.get(name)
+        if getattr(bound, "__func__", None) is before.forward and bound.__self__ is module:
+            module.__dict__[name] = types.MethodType(type(module).forward, module)
+
+
+def has_accelerate_hook(module: nn.Module) -> bool:
+    """Whether the forward method that was set on `module` is accelerate's, which calls the one before it."""
+    return "_hf_hook" in module.__dict__ and "_old_forward" in module.__dict__
+
+
+def placing_hook(module: nn.Module) -> AlignDevicesHook | None:
+    """accelerate's hook on `module`, if all it does is to bring arguments and results to devices (`device_map` over
+    several GPUs)."""
+    hook = module.__dict__.get("_hf_hook")
+    if type(hook) is not AlignDevicesHook or hook.offload or hook.no_grad:
+        return None
+    return hook if getattr(module.__dict__.get("_old_forward"), "__func__", None) is type(module).forward else None
 
 
 def remove_forward_hooks(module: nn.Module, owner: Any) -> None:

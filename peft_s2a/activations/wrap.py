@@ -185,7 +185,30 @@ def quantize_activations(
         if not isinstance(module, _Quantized):
             module.__class__ = _quantized_class(type(module))
         module._activation_settings = _Settings(OperatorMode(config, name), sharpness, planner)
+        _reach_replaced_forward(module)
     return model
+
+
+def _reach_replaced_forward(module: nn.Module) -> None:
+    """Quantise what a forward method computes that was set on ``module`` itself, which hides its class's."""
+    compat.bind_forward_anew(module, _stock_class(module))
+    forward = compat.replaced_forward(module)
+    if forward is None or compat.has_accelerate_hook(module) or _is_under_mode(forward):
+        return
+    module.forward = functools.partial(_run_under_mode, module, forward)
+    if (planner := module._activation_settings.planner) is not None:
+        planner.reason = "its forward method was replaced"
+
+
+def _run_under_mode(module: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
+    settings = getattr(module, "_activation_settings", None)
+    if settings is None or not torch.is_grad_enabled() or _is_exporting():
+        return forward(*args, **kwargs)
+    return settings.operators.run(forward, *args, **kwargs)
+
+
+def _is_under_mode(forward: Any) -> bool:
+    return isinstance(forward, functools.partial) and forward.func is _run_under_mode
 
 
 def _tiles(config: ActivationQuantizationConfig) -> int | None:
@@ -267,8 +290,12 @@ def restore_activations(model: nn.Module) -> nn.Module:
 
 def _restore(module: nn.Module) -> None:
     if isinstance(module, _Quantized):
-        module.__class__ = _stock_class(module)
+        quantized, module.__class__ = type(module), _stock_class(module)
         del module._activation_settings
+        compat.bind_forward_anew(module, quantized)
+        forward = module.__dict__.get("forward")
+        if _is_under_mode(forward):
+            module.forward = forward.args[1]
 
 
 def _has_operators(module: nn.Module) -> bool:

@@ -9,7 +9,13 @@ import torch
 from torch import nn
 
 from peft_s2a.anatomy import BATCH_NORMS, CONVOLUTIONS, NORMALISATIONS, is_normalisation, output_width
-from peft_s2a.compat import bits_of_bitsandbytes, has_global_module_hooks, resident
+from peft_s2a.compat import (
+    bits_of_bitsandbytes,
+    has_global_module_hooks,
+    placing_hook,
+    replaced_forward,
+    resident,
+)
 from peft_s2a.tuners.layer import S2ALayer
 
 
@@ -174,7 +180,8 @@ class BiasLayer(S2ALayer):
 
 def _is_watched(layer: nn.Module) -> bool:
     """Whether others look at the calls of `layer`, or run it in their own way."""
-    if "forward" in layer.__dict__ or has_global_module_hooks():
+    is_replaced = replaced_forward(layer) is not None and placing_hook(layer) is None
+    if is_replaced or has_global_module_hooks():
         return True
     if not _has_hooks(layer):
         return False
@@ -250,7 +257,12 @@ def _call_with(
             )
         for holder in holders:
             holder[name] = tensor
+    placing = placing_hook(layer)
+    if placing is not None:
+        args, kwargs = placing.pre_forward(layer, *args, **kwargs)
     output = copy(*args, **kwargs) if hooks else copy.forward(*args, **kwargs)
+    if placing is not None:
+        output = placing.post_forward(layer, output)
     if not _is_stock(layer):  # what it notes down is its own
         own = layer.__dict__
         kept = ("_parameters", "_buffers", "forward", *tensors)

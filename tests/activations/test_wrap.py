@@ -1,6 +1,7 @@
 """Quantising a model's activations changes what is kept for backward, and nothing else; it can be undone."""
 
 import copy
+import functools
 import inspect
 import io
 
@@ -362,6 +363,56 @@ class TestReversibility:
             quantize_activations(vit, 4)
         with pytest.raises(ValueError, match="unknown"):
             quantize_activations(vit, {"bit": 4})
+
+
+def hook_all(model):
+    """Have accelerate's hooks call every module, as `dispatch_model` does."""
+    for module in model.modules():
+        add_hook_to_module(module, ModelHook())
+
+
+def close_over_all(model):
+    """Replace every forward method by a function around it."""
+    for module in model.modules():
+        module.forward = functools.partial(lambda forward, *args, **kwargs: forward(*args, **kwargs), module.forward)
+
+
+class TestReplacedForwards:
+    """Forward methods that were set on modules before their activations are quantised, and call the stock ones."""
+
+    @pytest.mark.parametrize("replace", [hook_all, close_over_all])
+    def test_are_quantised_and_listed(self, vit, replace):
+        images, _ = batch("vit")
+        plain = quantize_activations(copy.deepcopy(vit))
+        replace(vit)
+        expected, stock = kept_dtypes(plain, images), kept_dtypes(vit, images)
+        quantize_activations(vit)
+        for model in (vit, copy.deepcopy(vit)):
+            assert kept_dtypes(model, images) == expected != stock
+            assert {name: actual.equal(gradients(plain)[name]) for name, actual in gradients(model).items()} == (
+                dict.fromkeys(gradients(plain), True)
+            )
+            assert set(wrap.unplanned(model)) == {"vit.embeddings", "vit.layers.0", "vit.layers.1"}
+            assert all("was replaced" in reason for reason in wrap.unplanned(model).values())
+
+    def test_run_by_plans_once_accelerates_hooks_are_gone(self, vit):
+        images, _ = batch("vit")
+        expected = kept_dtypes(quantize_activations(copy.deepcopy(vit)), images)
+        hook_all(vit)
+        quantize_activations(vit)
+        remove_hook_from_module(vit, recurse=True)
+        assert kept_dtypes(vit, images) == expected
+        assert not wrap.unplanned(vit)
+
+    @pytest.mark.parametrize("replace", [hook_all, close_over_all])
+    def test_are_as_they_were_once_restored(self, vit, replace):
+        expected = gradients(vit)
+        replace(vit)
+        before = {name: module.forward for name, module in vit.named_modules()}
+        restore_activations(quantize_activations(vit))
+        assert {name: module.forward for name, module in vit.named_modules()} == before
+        actual = gradients(vit)
+        assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 class TestTiles:

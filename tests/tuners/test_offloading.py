@@ -1,4 +1,5 @@
-"""accelerate's offloading: tensors without values, which hooks fetch for the calls of the modules that hold them."""
+"""accelerate's hooks: of models spread over devices, and of offloaded ones, whose tensors have no values but during the
+calls of the modules that hold them."""
 
 from __future__ import annotations
 
@@ -6,8 +7,11 @@ import families
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
+from accelerate.hooks import attach_align_device_hook_on_blocks
 from methods import S2A, base_model, logits, make_config
 from peft import PeftModel, get_peft_model
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_s2a import S2AConfig, S2ASideConfig
 
@@ -67,3 +71,65 @@ def test_branches_without_values_are_refused():
             module.s2a_up.to("meta")
     with pytest.raises(RuntimeError, match="has no values"):
         logits(model)
+
+
+def spread(model: nn.Module) -> nn.Module:
+    """The hooks of a model whose blocks lie on several devices; here all of them are the CPU."""
+    places = dict.fromkeys(["", *(name for name, module in model.named_modules() if list(module.children()))], CPU)
+    attach_align_device_hook_on_blocks(model, execution_device=places, offload=dict.fromkeys(places, False))
+    assert any(hasattr(module, "_hf_hook") for module in model.modules() if isinstance(module, nn.Linear))
+    return model
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket.__name__ in ("mm", "addmm", "bmm", "baddbmm", "convolution")
+        return function(*args, **(kwargs or {}))
+
+
+def step(model: nn.Module) -> tuple[dict[str, torch.Tensor], int, int]:
+    """(gradients, bytes that autograd keeps, matrix products) of one training step."""
+    images, labels = families.batch("vit")
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), images)}
+    kept = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    model.train()
+    model.zero_grad()
+    with Products() as products, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = nn.functional.cross_entropy(families.logits(model, images), labels)
+    loss.backward()
+    return (
+        {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None},
+        sum(kept.values()),
+        products.count,
+    )
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("method", S2A)
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_model_that_is_spread_trains_as_one_that_is_not(method, when, bits):
+    quantization = None if bits is None else {"bits": bits}
+    config = make_config(method, random_start=True, activation_quantization=quantization)
+    model = get_peft_model(base_model(), config)
+    if when == "before":
+        placed = get_peft_model(spread(base_model()), config)
+    else:
+        placed = spread(get_peft_model(base_model(), config))
+    placed.load_state_dict(model.state_dict())
+    expected, kept, products = step(model)
+    actual, kept_too, products_too = step(placed)
+    assert kept_too == kept
+    assert bits is not None or products_too == products  # what plans compute is not seen one by one
+    for name, gradient in expected.items():
+        torch.testing.assert_close(actual[name], gradient)

@@ -226,7 +226,7 @@ class Watch:
     def _watch_attributes(self, module: nn.Module, state: dict[str, Any]) -> None:
         self._holder_is_users = not _is_trusted(type(module).__module__)
         names = [name for name in state if name not in _OWN]
-        if "forward" in names:
+        if compat.replaced_forward(module) is not None:
             raise Untraceable(f"the forward method of its {type(module).__name__} was replaced")
         for name in names:
             self._attributes.append((state, name, state[name]))
