@@ -204,7 +204,9 @@ def _run_under_mode(module: nn.Module, forward: Any, *args: Any, **kwargs: Any) 
     settings = getattr(module, "_activation_settings", None)
     if settings is None or not torch.is_grad_enabled() or _is_exporting():
         return forward(*args, **kwargs)
-    return settings.operators.run(forward, *args, **kwargs)
+    result = settings.operators.run(forward, *args, **kwargs)
+    notes.forget(result)  # as with hooks of others: whoever replaced the forward method may keep it
+    return result
 
 
 def _is_under_mode(forward: Any) -> bool:

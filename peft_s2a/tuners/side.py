@@ -92,6 +92,10 @@ def length_of_directions(first: nn.Module, last: nn.Module) -> torch.Tensor | fl
     return length.nan_to_num(nan=1.0).clamp(LEAST_LENGTH, 1.0)
 
 
+def _autocasts(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def _is_plain(weight: torch.Tensor) -> bool:
     return not (is_quantized_weight(weight) or is_distributed(weight) or weight.is_meta) and weight.is_floating_point()
 
@@ -214,8 +218,8 @@ class SideLayer(AttachedLayer):
             )
         up, hidden = up.to(y.dtype), self._project_down(x, y, down.to(x.dtype))
         activation = "gelu" if self.has_activation[adapter_name] else None
-        device = y.device.type  # autocast would round y
-        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        # It would round y. Where it is off nothing is entered, or torch.compile would store no graph with the branch in it.
+        with torch.autocast(y.device.type, enabled=False) if _autocasts(y.device.type) else nullcontext():
             return add_low_rank(
                 y, hidden, up, self.scaling[adapter_name], activation, channels_first=not self._channels_last
             )

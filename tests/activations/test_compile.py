@@ -7,11 +7,12 @@ import families
 import pytest
 import torch
 import torch._dynamo.config
+import torch._functorch.config
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch._dynamo.utils import counters
-from torch._inductor.utils import run_and_get_code
+from torch._inductor.utils import fresh_cache, run_and_get_code
 
 from peft_s2a import S2ABiasConfig, S2AConfig, S2APromptConfig, S2ASideConfig, quantize_activations
 
@@ -130,6 +131,25 @@ class Sum(nn.Module):
         beside = self.beside(x)  # first, so that its gradient is computed last
         hidden = F.gelu(self.inside(x))
         return self.out(hidden + beside if self.shared else hidden)
+
+
+def test_graphs_are_stored_and_found_again():
+    model = get_peft_model(Sum(shared=False), S2ASideConfig(target_modules=["inside"], modules_to_save=[])).train()
+    x = torch.randn(7, 12)
+    gradients = []
+    # docs/compile.md: the switch without which torch stores no graph with autograd functions
+    with fresh_cache(), torch._functorch.config.patch(autograd_cache_allow_custom_autograd_functions=True):
+        for _ in range(2):
+            torch._dynamo.reset()
+            model.zero_grad()
+            torch.compile(model, fullgraph=True)(x).square().sum().backward()
+            gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert counters["aot_autograd"]["autograd_cache_miss"] == 1
+    assert counters["aot_autograd"]["autograd_cache_hit"] == 1
+    assert not counters["aot_autograd"]["autograd_cache_bypass"]
+    for one, other in zip(*gradients, strict=True):
+        assert one.any()
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("shared", [False, True])

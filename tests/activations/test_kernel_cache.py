@@ -50,17 +50,17 @@ class Machine:
             raise OSError(f"{path} is no library")
 
     def compiles(self, body: str = "", version: str = "echo stand-in 1.0") -> None:
-        """Have the compiler run ``body`` (sh; ``$output`` is the library to write) before it copies a true library."""
+        """Have the compiler run ``body`` (sh; ``$output`` is the file to write) before it copies a true library."""
         self.compiler.write_text(
             "#!/bin/sh\n"
             f'if [ "$1" = --version ]; then {version}; exit 0; fi\n'
-            f"echo called >> {self.calls}\n"
+            f'[ "$1" = -c ] || echo linked >> {self.calls}\n'
             'while [ "$1" != -o ]; do shift; done; output="$2"\n'
             f'{body}\ncp {compiled.library()} "$output"\n'
         )
         self.compiler.chmod(0o755)
 
-    def times_called(self) -> int:
+    def times_built(self) -> int:
         return len(self.calls.read_text().splitlines()) if self.calls.exists() else 0
 
     def run(self) -> str:
@@ -100,7 +100,7 @@ class TestWhoseItIs:
     def test_a_folder_of_the_users_own_and_one_build(self, machine):
         assert_loaded(machine.run(), machine.cache)
         assert_loaded(machine.run(), machine.cache)
-        assert machine.times_called() == 1
+        assert machine.times_built() == 1
         assert stat.S_IMODE((machine.cache / "peft_s2a").stat().st_mode) == 0o700
         assert not list((machine.cache / "peft_s2a").glob("building-*"))
 
@@ -124,7 +124,7 @@ class TestWhoseItIs:
         machine.run()
         os.chown(machine.library(), 12345, 12345)
         assert_loaded(machine.run(), machine.cache)
-        assert machine.times_called() == 2 and machine.library().stat().st_uid == os.geteuid()
+        assert machine.times_built() == 2 and machine.library().stat().st_uid == os.geteuid()
 
     def test_a_link_in_the_folders_place_is_not_followed(self, machine):
         machine.cache.mkdir()
@@ -144,7 +144,7 @@ class TestKey:
         machine.monkeypatch.setenv("PEFT_S2A_CPU_CAPABILITY", "DEFAULT")
         machine.run()
         built = len(list(machine.cache.glob("peft_s2a/*/kernels.so")))
-        assert built == machine.times_called() == expected
+        assert built == machine.times_built() == expected
 
     def test_an_instruction_set_that_the_processor_lacks_is_never_taken(self, monkeypatch):
         monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX2")
@@ -179,9 +179,9 @@ class TestBrokenFiles:
             case _:
                 digest.write_bytes(b"\xff" * 64)
         assert_loaded(machine.run(), machine.cache)
-        assert machine.times_called() == 2
+        assert machine.times_built() == 2
         assert_loaded(machine.run(), machine.cache)
-        assert machine.times_called() == 2
+        assert machine.times_built() == 2
 
 
 class TestPlaces:
@@ -191,7 +191,7 @@ class TestPlaces:
         processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
         outputs = [process.communicate(timeout=240)[0] for process in processes]
         assert [process.returncode for process in processes] == [0] * 3
-        assert machine.times_called() > 1
+        assert machine.times_built() > 1
         assert {output.split()[-1] for output in outputs} == {str(machine.library())}
         assert not list((machine.cache / "peft_s2a").glob("building-*"))
 
