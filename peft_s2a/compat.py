@@ -84,6 +84,8 @@ __all__ = [
     "TorchDispatchMode",
     "TreeSpec",
     "WithoutKeys",
+    "add_forward_hook",
+    "add_forward_pre_hook",
     "bind_forward_anew",
     "bits_of_bitsandbytes",
     "caches_results",
@@ -180,6 +182,29 @@ def placing_hook(module: nn.Module) -> AlignDevicesHook | None:
     if type(hook) is not AlignDevicesHook or hook.offload or hook.no_grad:
         return None
     return hook if getattr(module.__dict__.get("_old_forward"), "__func__", None) is type(module).forward else None
+
+
+def add_forward_hook(module: nn.Module, hook: Callable[..., Any], always: bool = False) -> None:
+    """`module.register_forward_hook` with keywords, under a key that is the same for like modules. torch numbers hooks and
+    torch.compile guards on the numbers: it would compile every block of a model anew where blocks are compiled alone."""
+    handle = module.register_forward_hook(hook, with_kwargs=True, always_call=always)
+    options = module._forward_hooks_with_kwargs, module._forward_hooks_always_called
+    _rename_hook(handle.id, hook, module._forward_hooks, *options)
+
+
+def add_forward_pre_hook(module: nn.Module, hook: Callable[..., Any]) -> None:
+    """`module.register_forward_pre_hook` with keywords, as `add_forward_hook`."""
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    _rename_hook(handle.id, hook, module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs)
+
+
+def _rename_hook(number: int, hook: Callable[..., Any], hooks: dict[Any, Any], *options: dict[Any, Any]) -> None:
+    name = key = hook.__qualname__
+    while key in hooks:
+        key = f"{key}, {name}"
+    for held in (hooks, *options):
+        if number in held:
+            held[key] = held.pop(number)
 
 
 def remove_forward_hooks(module: nn.Module, owner: Any) -> None:

@@ -45,8 +45,9 @@ _looking = _Looking()
 
 
 def is_looking() -> bool:
-    """Whether the errors of attention are wanted in the call that is running."""
-    return _looking.errors is not None and not is_recording()
+    """Whether the errors of attention are wanted in the call that is running; not in what torch.compile traces, as where a
+    block is compiled alone inside a module that looks."""
+    return not torch.compiler.is_compiling() and _looking.errors is not None and not is_recording()
 
 
 def look(

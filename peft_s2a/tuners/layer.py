@@ -23,7 +23,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
-from peft_s2a.compat import remove_forward_hooks
+from peft_s2a.compat import add_forward_hook, add_forward_pre_hook, remove_forward_hooks
 
 
 _ALIGNMENT = 64  # bytes, at which torch allocates
@@ -198,11 +198,11 @@ class AttachedLayer(S2ALayer):
         """Registers the layer's own hooks through `_before` and `_after`."""
 
     def _before(self, module: nn.Module, hook: Callable) -> None:
-        module.register_forward_pre_hook(hook, with_kwargs=True)
+        add_forward_pre_hook(module, hook)
         self._hooked.append(module)
 
     def _after(self, module: nn.Module, hook: Callable, always: bool = False) -> None:
-        module.register_forward_hook(hook, with_kwargs=True, always_call=always)
+        add_forward_hook(module, hook, always)
         self._hooked.append(module)
 
     def _during(self, module: nn.Module) -> None:

@@ -119,6 +119,34 @@ class TestOneGraph:
         assert sum(first[2].values()) <= more * twice * sum(eager[2].values())
 
 
+class TestBlocksAlone:
+    """Every block compiled by itself, inside a model that is not: like blocks share a graph."""
+
+    @pytest.mark.parametrize(
+        ("method", "family"),
+        [("s2a", "vit"), ("s2a", "clip"), ("lora", "dinov3"), ("full", "siglip")],
+    )
+    def test_no_breaks_and_the_eager_step(self, method, family):
+        model = trained(family, method)
+        images, labels = families.batch(family)
+        eager = step(copy.deepcopy(model), images, labels)
+        layers = [
+            module
+            for name, module in model.named_modules()
+            if name.split(".")[-1].isdigit() and type(module).__name__.endswith("Layer") and "s2a" not in name
+        ]
+        assert len(layers) > 1 and len({type(layer) for layer in layers}) == 1
+        for layer in layers:
+            layer.compile(backend="aot_eager")
+        first, second = (step(model, images, labels) for _ in range(2))
+        assert counters["stats"]["unique_graphs"] == 1
+        assert not counters["graph_break"]
+        assert_equal_steps(eager, first)
+        assert_equal_steps(first, second)
+        codes, eager_codes = (kept.get(torch.uint8, 0) for kept in (first[2], eager[2]))
+        assert 0.9 * eager_codes <= codes <= 1.1 * eager_codes
+
+
 class Sum(nn.Module):
     """A hidden tensor of unusual width, whose gradient a second layer reads if ``shared``."""
 
