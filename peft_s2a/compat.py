@@ -99,9 +99,9 @@ __all__ = [
     "fresh_node_metadata",
     "function_modes",
     "guard_or_false",
-    "has_accelerate_hook",
     "has_global_module_hooks",
     "has_kernel",
+    "hooked_forward",
     "is_capturing_outputs",
     "is_fake",
     "is_function_mode_enabled",
@@ -154,9 +154,10 @@ def has_global_module_hooks() -> bool:
     return torch_module._has_any_global_hook()
 
 
-def replaced_forward(module: nn.Module) -> Callable[..., Any] | None:
-    """The forward method that was set on `module` itself, as accelerate's hooks do; None where calls run its class's."""
-    forward = module.__dict__.get("forward")
+def replaced_forward(module: nn.Module, name: str = "forward") -> Callable[..., Any] | None:
+    """The forward method that was set on `module` itself, as accelerate's hooks do; None where calls run its class's.
+    `name`: of the attribute."""
+    forward = module.__dict__.get(name)
     is_own = getattr(forward, "__func__", None) is type(module).forward and forward.__self__ is module
     return None if is_own else forward
 
@@ -170,9 +171,10 @@ def bind_forward_anew(module: nn.Module, before: type[nn.Module]) -> None:
             module.__dict__[name] = types.MethodType(type(module).forward, module)
 
 
-def has_accelerate_hook(module: nn.Module) -> bool:
-    """Whether the forward method that was set on `module` is accelerate's, which calls the one before it."""
-    return "_hf_hook" in module.__dict__ and "_old_forward" in module.__dict__
+def hooked_forward(module: nn.Module) -> str:
+    """The name of the attribute for the forward method that accelerate's hook on `module` calls, or, without one, calls
+    run."""
+    return "_old_forward" if "_hf_hook" in module.__dict__ and "_old_forward" in module.__dict__ else "forward"
 
 
 def placing_hook(module: nn.Module) -> AlignDevicesHook | None:

@@ -192,10 +192,12 @@ def quantize_activations(
 def _reach_replaced_forward(module: nn.Module) -> None:
     """Quantise what a forward method computes that was set on ``module`` itself, which hides its class's."""
     compat.bind_forward_anew(module, _stock_class(module))
-    forward = compat.replaced_forward(module)
-    if forward is None or compat.has_accelerate_hook(module) or _is_under_mode(forward):
+    name = compat.hooked_forward(module)
+    forward = compat.replaced_forward(module, name)
+    if forward is None:
         return
-    module.forward = functools.partial(_run_under_mode, module, forward)
+    if not _is_under_mode(forward):
+        setattr(module, name, functools.partial(_run_under_mode, module, forward))
     if (planner := module._activation_settings.planner) is not None:
         planner.reason = "its forward method was replaced"
 
@@ -295,9 +297,10 @@ def _restore(module: nn.Module) -> None:
         quantized, module.__class__ = type(module), _stock_class(module)
         del module._activation_settings
         compat.bind_forward_anew(module, quantized)
-        forward = module.__dict__.get("forward")
+        name = compat.hooked_forward(module)
+        forward = compat.replaced_forward(module, name)
         if _is_under_mode(forward):
-            module.forward = forward.args[1]
+            setattr(module, name, forward.args[1])
 
 
 def _has_operators(module: nn.Module) -> bool:

@@ -377,16 +377,21 @@ def close_over_all(model):
         module.forward = functools.partial(lambda forward, *args, **kwargs: forward(*args, **kwargs), module.forward)
 
 
+def hook_closures(model):
+    close_over_all(model)
+    hook_all(model)
+
+
 class TestReplacedForwards:
     """Forward methods that were set on modules before their activations are quantised, and call the stock ones."""
 
-    @pytest.mark.parametrize("replace", [hook_all, close_over_all])
+    @pytest.mark.parametrize("replace", [hook_all, close_over_all, hook_closures])
     def test_are_quantised_and_listed(self, vit, replace):
         images, _ = batch("vit")
         plain = quantize_activations(copy.deepcopy(vit))
         replace(vit)
         expected, stock = kept_dtypes(plain, images), kept_dtypes(vit, images)
-        quantize_activations(vit)
+        quantize_activations(quantize_activations(vit))
         for model in (vit, copy.deepcopy(vit)):
             assert kept_dtypes(model, images) == expected != stock
             assert {name: actual.equal(gradients(plain)[name]) for name, actual in gradients(model).items()} == (
@@ -404,7 +409,7 @@ class TestReplacedForwards:
         assert kept_dtypes(vit, images) == expected
         assert not wrap.unplanned(vit)
 
-    @pytest.mark.parametrize("replace", [hook_all, close_over_all])
+    @pytest.mark.parametrize("replace", [hook_all, close_over_all, hook_closures])
     def test_are_as_they_were_once_restored(self, vit, replace):
         expected = gradients(vit)
         replace(vit)
