@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._functorch.config
 from transformers import AutoModelForImageClassification, Trainer, ViTConfig, ViTForImageClassification
 from typer.main import get_command
 
@@ -93,6 +94,8 @@ def test_commands_exist(page, line):
     elif words[0] == "peft-s2a":
         command = get_command(app)
         command.commands[words[1]].make_context(words[1], words[2:])  # refuses unknown options
+    elif words[0] == "export":  # a switch of torch's
+        assert words[1].split("=")[0] in Path(torch._functorch.config.__file__).read_text()
     elif scripts := [word for word in words if word.endswith(".py")]:
         (script,) = scripts
         text = (ROOT / script).read_text() + (ROOT / "examples" / "finetuning.py").read_text()
