@@ -7,7 +7,8 @@ namespace {
 tuple<Tensor, Tensor, Tensor, Tensor> encode_norm(Tensor x, double eps, bool center, bool by_column, int64_t bits,
                                                   int64_t group_size, optional<Tensor> seed) {
     x = checked(x, "x", -1);
-    auto [rows, count] = rows_of(x, "x");
+    const Extents of = rows_of(x, "x");
+    const long rows = of.rows, count = of.count;
     Tensor columns = by_column ? empty({2, count}, ScalarType::BFloat16) : empty({0}, ScalarType::BFloat16);
     Room standards((by_column ? 2 * count : 0) * sizeof(float));
     if (by_column) {
@@ -30,7 +31,8 @@ tuple<Tensor, Tensor, Tensor> norm_backward(Tensor grad, Tensor packed, Tensor s
                                             optional<Tensor> weight, bool center, int64_t bits, int64_t group_size,
                                             vector<bool> wanted) {
     grad = checked(grad, "grad", -1);
-    auto [rows, count] = rows_of(grad, "grad");
+    const Extents of = rows_of(grad, "grad");
+    const long rows = of.rows, count = of.count;
     long group = checked_group(bits, group_size, count);
     check_coded(packed, scales, rows, count, bits, group);
     CHECK(wanted.size() == 3, "wanted must be three");
