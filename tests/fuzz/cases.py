@@ -229,7 +229,8 @@ def _state(case: Case, model: nn.Module) -> dict[str, Any]:
             state[f"{name}.{key}"] = _snapshot(buffer)
         for key, value in vars(module).items():
             if key not in _ORDINARY and not key.startswith(OWN_ATTRIBUTES):
-                state[f"{name}.{key}"] = _snapshot(value)
+                # what computes a module is quantised, where it is the module's own as where it is its class's
+                state[f"{name}.{key}"] = "<forward>" if key == "forward" else _snapshot(value)
     return state
 
 
