@@ -13,6 +13,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 
 from peft_s2a.activations.operators import add_low_rank
+from peft_s2a.activations.operators.common import autocasts
 from peft_s2a.anatomy import ends, input_width, output_width, projections
 from peft_s2a.compat import BufferDict, is_quantized_weight, resident
 from peft_s2a.parallelism import is_distributed
@@ -90,10 +91,6 @@ def length_of_directions(first: nn.Module, last: nn.Module) -> torch.Tensor | fl
         return 1.0
     length = gain(first).cpu() * gain(last).cpu() / USUAL_GAIN
     return length.nan_to_num(nan=1.0).clamp(LEAST_LENGTH, 1.0)
-
-
-def _autocasts(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _is_plain(weight: torch.Tensor) -> bool:
@@ -219,7 +216,7 @@ class SideLayer(AttachedLayer):
         up, hidden = up.to(y.dtype), self._project_down(x, y, down.to(x.dtype))
         activation = "gelu" if self.has_activation[adapter_name] else None
         # It would round y. Where it is off nothing is entered, or torch.compile would store no graph with the branch in it.
-        with torch.autocast(y.device.type, enabled=False) if _autocasts(y.device.type) else nullcontext():
+        with torch.autocast(y.device.type, enabled=False) if autocasts(y.device.type) else nullcontext():
             return add_low_rank(
                 y, hidden, up, self.scaling[adapter_name], activation, channels_first=not self._channels_last
             )

@@ -157,8 +157,8 @@ def _compiled(compiler: str, flags: tuple[str, ...], build: Path) -> Path:
 
 
 def _compiled_objects(compiler: str, flags: tuple[str, ...], work: Path) -> list[str]:
-    """The sources, compiled on all processors at once; several files in one go where there are less, since of each file a
-    third of the time goes into torch's headers."""
+    """The sources, compiled on all processors at once; several files in one go where there are fewer of those, since of each
+    file a third of the time goes into torch's headers."""
     sources = sorted(_SOURCES.glob("*.cpp"))
     units = min(len(sources), os.cpu_count() or 1)
     objects = [str(work / f"{unit}.o") for unit in range(units)]

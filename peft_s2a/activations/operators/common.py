@@ -37,10 +37,14 @@ def refuse_double_backward() -> None:
         )
 
 
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for a type of devices."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype in which autocast computes with ``x``; None where it does not."""
-    kind = x.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+    if not autocasts(x.device.type) or x.dtype == torch.float64:
         return None
     return torch.get_autocast_dtype(x.device.type)
 
