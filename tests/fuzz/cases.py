@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from peft_s2a import ActivationQuantizationConfig, S2AConfig, quantize_activations
+from peft_s2a.activations.wrap import _is_under_mode
 
 
 LEARNING_RATE = 0.02
@@ -229,8 +230,9 @@ def _state(case: Case, model: nn.Module) -> dict[str, Any]:
             state[f"{name}.{key}"] = _snapshot(buffer)
         for key, value in vars(module).items():
             if key not in _ORDINARY and not key.startswith(OWN_ATTRIBUTES):
-                # what computes a module is quantised, where it is the module's own as where it is its class's
-                state[f"{name}.{key}"] = "<forward>" if key == "forward" else _snapshot(value)
+                if _is_under_mode(value):  # a forward method of the module's own is quantised in its place
+                    value = value.args[1]
+                state[f"{name}.{key}"] = _snapshot(value)
     return state
 
 
