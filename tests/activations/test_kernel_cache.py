@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import run_scripts
 
 from peft_s2a.activations.backends import compiled
 
@@ -187,12 +188,12 @@ class TestBrokenFiles:
 class TestPlaces:
     def test_many_processes_at_once(self, machine):
         machine.compiles('case "$output" in *.so) sleep 3; esac')  # until all of them have compiled
-        command = [sys.executable, "-c", textwrap.dedent(SCRIPT)]
-        processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-        outputs = [process.communicate(timeout=240)[0] for process in processes]
-        assert [process.returncode for process in processes] == [0] * 3
+        script = machine.folder / "script.py"
+        script.write_text(textwrap.dedent(SCRIPT))
+        processes = run_scripts(*[[script]] * 3, environments=[{}] * 3, timeout=240)
+        assert [process.returncode for process in processes] == [0] * 3, processes[0].stderr
         assert machine.times_built() > 1
-        assert {output.split()[-1] for output in outputs} == {str(machine.library())}
+        assert {process.stdout.split()[-1] for process in processes} == {str(machine.library())}
         assert not list((machine.cache / "peft_s2a").glob("building-*"))
 
     @pytest.mark.parametrize("place", ["a file", "under /proc"])

@@ -1,8 +1,6 @@
 """Training in two processes over gloo, beside one: what the workers and the tests that start them share."""
 
-import os
-import subprocess
-import sys
+import socket
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -10,6 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from families import FAMILIES
+from forked import run_scripts
 from peft import get_peft_model
 from torch import Tensor, nn
 
@@ -20,17 +19,14 @@ ALL_EQUAL = "all equal"  # a worker's last word
 LADDER = {"structures": ("side",), "side_mode": "ladder"}
 
 
-def launch(worker: str, *arguments: str, timeout: int = 500) -> None:
-    """Run a script beside this one in two processes."""
+def launch(worker: str, *arguments: str, timeout: float = 500) -> None:
+    """Run a script beside this one in two processes, as `torchrun` starts them."""
     folder = Path(__file__).parent
-    path = os.pathsep.join([str(folder.parent), str(folder.parents[1]), os.environ.get("PYTHONPATH", "")])
-    run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         str(folder / worker), *arguments],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=timeout,
-    )  # fmt: skip
-    errors, *_ = run.stderr.partition("torch/distributed/elastic")  # what follows is the launcher's own
-    assert ALL_EQUAL in run.stdout, errors[-3000:]
+    with socket.create_server(("localhost", 0)) as free:
+        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    ranks = [{**address, "WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    first, second = run_scripts(*[(folder / worker, *arguments)] * 2, environments=ranks, timeout=timeout)
+    assert ALL_EQUAL in first.stdout, first.stderr[-3000:] + second.stderr[-3000:]
 
 
 def build(family: str, options: dict | None = None) -> nn.Module:
