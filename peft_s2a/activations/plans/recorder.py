@@ -44,6 +44,7 @@ class Recorder(TorchDispatchMode):
         self.node_of = WeakTensorKeyDictionary()
         self.phase = "forward"
         self._arguments = arguments
+        self._fakes: dict[int, FakeTensor] = {}  # of the module's own tensors
         self._values: dict[fx.Node, Tensor] = {}  # of what was made of numbers in the code
         for number, x in enumerate(arguments):
             self._note(x, self.graph.placeholder(f"argument_{number}"))
@@ -65,7 +66,7 @@ class Recorder(TorchDispatchMode):
         if func is aten.lift_fresh.default:  # what is made of numbers may be written to: every run has its own
             func = aten.lift_fresh_copy.default
         written_args, written_kwargs = self._written(tuple(args)), {k: self._written(x) for k, x in kwargs.items()}
-        result = func(*args, **kwargs)
+        result = func(*self._faked(func, args), **kwargs)
         known = self._known_result(func, tensors, args, kwargs, result)
         node = self.graph.create_node("call_function", func, written_args, written_kwargs)
         node.meta["phase"] = self.phase
@@ -80,6 +81,20 @@ class Recorder(TorchDispatchMode):
                 if isinstance(x, Tensor):
                     self._note(x, self.graph.create_node("call_function", operator.getitem, (node, place)))
         return result
+
+    def _faked(self, func: OpOverload, args: tuple) -> tuple:
+        """``args`` with fake tensors for the module's own where these are only read: the mode of fake tensors, which would
+        make them, remembers the results of operators on fake tensors alone."""
+        if func._schema.is_mutable:
+            return args
+        return tuple([self._fake(x) if id(x) in self._own else x for x in args])
+
+    def _fake(self, x: Tensor) -> Tensor:
+        if isinstance(x, FakeTensor) or not x.is_floating_point():  # counters are computed with, see `trace`
+            return x
+        if id(x) not in self._fakes:
+            self._fakes[id(x)] = self._arguments[0].fake_mode.from_tensor(x)
+        return self._fakes[id(x)]
 
     def nodes_of(self, results: Iterable[Any]) -> list[fx.Node | None]:
         """The nodes of tensors; None for what is none."""
