@@ -170,11 +170,17 @@ def _has_weights(module: nn.Module) -> bool:
 def _label_dependent(model: PreTrainedModel) -> list[str]:
     """The modules whose own weights change their shapes with the number of labels: what is new for a new task."""
     config = getattr(model, "config", None)
-    if type(config) not in CONFIG_MAPPING.values() or not getattr(config, "num_labels", None):
+    if not _is_registered(type(config)) or not getattr(config, "num_labels", None):
         return []
     found = _changing(type(model), type(config), config.to_json_string(use_diff=False))
     modules = dict(_names_without_adapters(model))
     return [name for name in found if name in modules]
+
+
+def _is_registered(config_class: type) -> bool:
+    """Whether transformers knows a class of configurations. All of its values would be imported for the answer."""
+    model_type = getattr(config_class, "model_type", None)
+    return model_type in CONFIG_MAPPING and CONFIG_MAPPING[model_type] is config_class
 
 
 @functools.lru_cache(maxsize=32)

@@ -189,6 +189,7 @@ class TestFidelity:
         model = tune_biases(build(family))
         check_beats_four_bits(model, calibrate(model, 1.0, family), family)
 
+    @pytest.mark.slow
     def test_beats_uniform_bits_where_operators_differ_in_scale(self, swinv2):
         check_beats_four_bits(*swinv2, "swinv2")
 

@@ -8,6 +8,7 @@ import sys
 import textwrap
 
 import pytest
+from forked import run_scripts
 from peft import PeftConfig, PeftType, get_peft_config
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -21,14 +22,6 @@ from peft_s2a.registration import PEFT_TYPES, PREFIX, add_peft_types, register
 
 
 CONFIGS = {"S2A": S2AConfig, "S2A_BIAS": S2ABiasConfig, "S2A_PROMPT": S2APromptConfig, "S2A_SIDE": S2ASideConfig}
-
-
-def run_python(code: str) -> str:
-    process = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", "-c", textwrap.dedent(code)], capture_output=True, text=True
-    )
-    assert process.returncode == 0, process.stderr
-    return process.stdout
 
 
 @pytest.mark.parametrize(("name", "config_class"), CONFIGS.items())
@@ -67,25 +60,27 @@ def test_a_saved_config_names_its_type_in_plain_json(name, tmp_path):
     assert type(loaded) is CONFIGS[name] and loaded == config
 
 
-def test_reloading_is_harmless():
+def test_reloading_is_harmless(tmp_path):
     # As notebooks do it: the old classes stay registered, and the new ones work with them.
-    run_python(
-        """
-        import importlib
-        import peft_s2a, peft_s2a.config, peft_s2a.registration
-        from peft import get_peft_model
-        from torch import nn
-        for module in (peft_s2a.registration, peft_s2a.config, peft_s2a):
-            importlib.reload(module)
-        model = get_peft_model(nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4)), peft_s2a.S2ABiasConfig())
-        assert any("s2a_bias" in name for name, _ in model.named_parameters())
-        """
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import importlib, warnings\n"
+        "import peft_s2a, peft_s2a.config, peft_s2a.registration\n"
+        "from peft import get_peft_model\n"
+        "from torch import nn\n"
+        "warnings.simplefilter('error', UserWarning)\n"
+        "for module in (peft_s2a.registration, peft_s2a.config, peft_s2a):\n"
+        "    importlib.reload(module)\n"
+        "model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))\n"
+        "model = get_peft_model(model, peft_s2a.S2ABiasConfig())\n"
+        "assert any('s2a_bias' in name for name, _ in model.named_parameters())\n"
     )
+    (process,) = run_scripts([script])
+    assert process.returncode == 0, process.stderr
 
 
 def test_imported_last_and_then_forked():
-    run_python(
-        """
+    script = """
         import multiprocessing
         import transformers, peft
         import peft_s2a
@@ -98,8 +93,9 @@ def test_imported_last_and_then_forked():
 
         with multiprocessing.get_context("fork").Pool(2) as pool:
             assert pool.map(types, range(2)) == [list(peft_s2a.registration.PEFT_TYPES)] * 2
-        """
-    )
+    """
+    command = [sys.executable, "-W", "error::UserWarning", "-c", textwrap.dedent(script)]
+    subprocess.run(command, check=True)
 
 
 class TestConfig:
