@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import batch, build, logits
+from kept import Kept
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -54,22 +55,14 @@ def gradient_and_bytes(model, config=None, family="vit"):
     ``config``."""
     if config is not None:
         quantize_activations(model, config)
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    kept = {}
-
-    def pack(t):
-        if t.untyped_storage().data_ptr() not in own:
-            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
     try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        with Kept(model) as kept:
             loss = cross_entropy(model, batch(family, SIZE))
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         grads = torch.autograd.grad(loss, parameters, allow_unused=True)
     finally:
         restore_activations(model)
-    return torch.cat([grad.flatten().double() for grad in grads if grad is not None]), sum(kept.values()) / SIZE
+    return torch.cat([grad.flatten().double() for grad in grads if grad is not None]), kept.nbytes / SIZE
 
 
 def relative_error(expected, actual):
@@ -152,17 +145,9 @@ class TestBudget:
 
         config = calibrate_activations(model, [x], budget, config=REFERENCE, loss=loss)
         quantize_activations(model, config)
-        kept = {}
-
-        def pack(t):
-            kept[t.untyped_storage().data_ptr()] = t
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        with Kept(model) as kept:
             model(x)
-        own = {parameter.data_ptr() for parameter in model.parameters()}
-        used = sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in own) / SIZE
-        assert 0.85 * budget < used <= budget
+        assert 0.85 * budget < kept.nbytes / SIZE <= budget
 
     def test_as_a_fraction_is_of_four_bits(self, vit):
         stock = gradient_and_bytes(vit)[1]

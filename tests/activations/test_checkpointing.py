@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from kept import Kept
 from torch import nn
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -133,17 +134,10 @@ class TestCheckpoints:
         model = quantized(tune(Model(inner_options=KINDS["non-reentrant"])))
         step(model, images())
         assert unplanned(model) == {}
-        own, kept = {t.untyped_storage().data_ptr() for t in model.parameters()}, {}
-
-        def pack(tensor):
-            if tensor.untyped_storage().data_ptr() not in own:
-                kept[tensor.untyped_storage().data_ptr()] = tensor.nbytes
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with Kept(model) as kept:
             x = images().requires_grad_()
             model(x)
-        assert sum(kept.values()) == 4 * x.nbytes  # of two halves in two blocks
+        assert kept.nbytes == 4 * x.nbytes  # of two halves in two blocks
 
     @pytest.mark.parametrize("kind", ["selective: products", "selective: codes"])
     def test_plans_come_back_after_a_selective_checkpoint(self, kind):

@@ -9,6 +9,7 @@ import torch
 import torch._dynamo.config
 import torch._functorch.config
 import torch.nn.functional as F
+from kept import Kept
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch._dynamo.utils import counters
@@ -59,25 +60,13 @@ def trained(family, method="s2a"):
 
 def step(model, images, labels, run=None):
     """(loss, gradients, {dtype: bytes kept for backward}) of one training step."""
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), images, labels)}
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = tensor.dtype, storage.nbytes()
-        return tensor
-
     torch.manual_seed(0)
     model.zero_grad()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with Kept(model, images, labels) as kept:
         logits = families.logits(model if run is None else run, images)
-    sizes = {}
-    for dtype, size in kept.values():
-        sizes[dtype] = sizes.get(dtype, 0) + size
     loss = F.cross_entropy(logits, labels)
     loss.backward()
-    return loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}, sizes
+    return loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}, kept.bytes_of
 
 
 def assert_equal_steps(one, other):

@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import batch, build, each_in, logits
+from kept import Kept
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -267,17 +268,9 @@ class TestCosts:
 
 class TestKept:
     def kept(self, model, x):
-        own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-        found = {}
-
-        def pack(t):
-            if t.untyped_storage().data_ptr() not in own:
-                found[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        with Kept(model) as kept:
             model(x)
-        return sum(found.values())
+        return kept.nbytes
 
     @pytest.mark.parametrize("tiles", [1, 3])
     def test_what_the_function_mode_keeps(self, tiles):

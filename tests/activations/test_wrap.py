@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from families import batch, build, logits
+from kept import Kept
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -53,17 +54,9 @@ def cosine(expected, actual):
 
 def kept_dtypes(model, *args, **kwargs):
     """{dtype: bytes} that autograd keeps, without parameters and buffers."""
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    sizes = {}
-
-    def pack(t):
-        if t.untyped_storage().data_ptr() not in own:
-            sizes[t.dtype] = sizes.get(t.dtype, 0) + t.nbytes
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with Kept(model) as kept:
         model(*args, **kwargs)
-    return sizes
+    return kept.bytes_of
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from kept import Kept
 from small_models import batch_for, tuned
 
 from peft_s2a.memory import estimate_memory, profile_memory
@@ -29,19 +30,10 @@ def allocator_peak(model, batch) -> int:
 
 def saved_bytes(model, batch) -> int:
     """Bytes of the unique storages kept for backward, without parameters and buffers."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with Kept(model) as kept:
         model(**batch).loss.backward()
     model.zero_grad()
-    return sum(storage.nbytes() for storage in kept.values())
+    return kept.nbytes
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ import families
 import pytest
 import torch
 import torch.nn.functional as F
+from kept import Kept
 from methods import IMAGES, LABELS, base_model
 from peft import PeftModel, get_peft_model
-from saved import saved_tensors
 from torch import nn
 
 from peft_s2a import S2AConfig, S2ASideConfig
@@ -72,12 +72,13 @@ def test_nothing_of_the_backbone_is_kept(family):
     recorded = []
     for block in blocks:
         block.register_forward_hook(lambda module, args, output: recorded.append(output))
-    kept = saved_tensors(lambda: F.cross_entropy(families.logits(model, images), labels), model)
+    with Kept(model) as kept:
+        F.cross_entropy(families.logits(model, images), labels)
     outputs = [output if isinstance(output, torch.Tensor) else output[0] for output in recorded]
     assert outputs and not any(output.requires_grad for output in outputs)
     # What remains is of width r, or no more than a vector per image.
     per_image = max(output.shape[1 if output.dim() == 4 else -1] for output in outputs)
-    assert all(RANK in tensor.shape or tensor.numel() <= len(images) * per_image for tensor in kept)
+    assert all(RANK in tensor.shape or tensor.numel() <= len(images) * per_image for tensor in kept.tensors)
 
 
 @pytest.mark.parametrize("family", ["vit", "timm_convnext", "convnext"])
@@ -87,13 +88,14 @@ def test_what_a_ladder_keeps_is_seen_by_others_from_the_first_step_on(family):
     images, _ = families.batch(family)
     found = []
     for _ in range(2):
-        kept = saved_tensors(lambda: families.logits(model, images), model)
+        with Kept(model) as kept:
+            families.logits(model, images)
         with torch.autograd.graph.save_on_cpu():
             loss = families.logits(model, images).square().mean()
         model.zero_grad()
         loss.backward()
         gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-        found.append((sum(t.nbytes for t in kept), gradients))
+        found.append((kept.nbytes, gradients))
     (first, gradients), (second, same_gradients) = found
     assert first == second > 1000
     assert all(torch.equal(gradients[name], same_gradients[name]) for name in gradients)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from accelerate.hooks import attach_align_device_hook_on_blocks
+from kept import Kept
 from methods import S2A, base_model, logits, make_config
 from peft import PeftModel, get_peft_model
 from torch import nn
@@ -94,23 +95,14 @@ class Products(TorchDispatchMode):
 def step(model: nn.Module) -> tuple[dict[str, torch.Tensor], int, int]:
     """(gradients, bytes that autograd keeps, matrix products) of one training step."""
     images, labels = families.batch("vit")
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), images)}
-    kept = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     model.train()
     model.zero_grad()
-    with Products() as products, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with Products() as products, Kept(model, images) as kept:
         loss = nn.functional.cross_entropy(families.logits(model, images), labels)
     loss.backward()
     return (
         {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None},
-        sum(kept.values()),
+        kept.nbytes,
         products.count,
     )
 

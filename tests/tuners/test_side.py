@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from kept import Kept
 from peft import PeftModel, get_peft_model
-from saved import saved_tensors
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
@@ -166,8 +166,9 @@ def test_branches_around_several_layers_do_not_merge(layer):
 @pytest.mark.parametrize("layer", ["linear", "mlp", "sequential mlp"])
 def test_only_tensors_of_the_branchs_width_are_kept(layer, activation):
     model, _, x, _ = make(layer, activation)
-    kept = saved_tensors(lambda: model(x), model)
-    assert kept and all(tensor.shape[-1] == RANK for tensor in kept)
+    with Kept(model) as kept:
+        model(x)
+    assert kept.tensors and all(tensor.shape[-1] == RANK for tensor in kept.tensors)
 
 
 def test_the_projection_is_frozen_and_saved(tmp_path):
