@@ -64,7 +64,8 @@ class Arguments:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "One run of each method for each."})
     num_train_epochs: int = 8
     batch_size: int = 50
-    num_train: int = field(default=1000, metadata={"help": "Training images, of 1,797; the rest is for testing."})
+    num_train: int = field(default=1000, metadata={"help": "Training images, of 1,797."})
+    num_test: int | None = field(default=None, metadata={"help": "Test images, of the rest; None: all of them."})
     num_classified: int = field(default=100, metadata={"help": "Test images the reloaded adapter classifies."})
     search: bool = field(default=False, metadata={"help": "Search the learning rates instead."})
 
@@ -240,7 +241,7 @@ def main() -> None:
     compile_kernels()
     images, labels = digits()
     train_indices, test_indices = train_test_split(
-        np.arange(len(images)), train_size=args.num_train, random_state=0, stratify=labels
+        np.arange(len(images)), train_size=args.num_train, test_size=args.num_test, random_state=0, stratify=labels
     )
     train = examples(images, labels, train_indices)
     if args.search:

@@ -7,6 +7,7 @@ imported them and has run nothing else.
 import multiprocessing
 import os
 import runpy
+import socket
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -48,6 +49,13 @@ def run_scripts(
             CompletedProcess(command, process.exitcode, *(file.read_text() if file.exists() else "" for file in files))
             for command, process, files in zip(commands, processes, outputs)
         ]
+
+
+def ranks(count: int = 2) -> list[dict[str, str]]:
+    """The environments of processes that train together, as `torchrun` gives them."""
+    with socket.create_server(("localhost", 0)) as free:
+        common = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count)}
+    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
 
 
 def _run(command: list[str], environment: dict[str, str], out: Path, err: Path) -> None:

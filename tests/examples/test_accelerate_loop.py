@@ -13,14 +13,14 @@ TWO_PROCESSES = (
 )
 
 
-def fine_tune(checkpoint, image_folders, output_dir, *options, launcher=()):
+def fine_tune(checkpoint, image_folders, output_dir, *options, **processes):
     return run_script(
         EXAMPLES / "accelerate_loop.py",
         *("--model_name_or_path", checkpoint, "--output_dir", output_dir, "--cpu"),
         *("--train_dir", image_folders / "train", "--validation_dir", image_folders / "validation"),
         *("--num_train_epochs", "2", "--batch_size", "12", "--learning_rate", "1e-2", "--seed", "3"),
         *options,
-        launcher=launcher,
+        **processes,
     )
 
 
@@ -29,17 +29,19 @@ def accuracies(printed):
 
 
 @pytest.mark.parametrize(
-    ("activation_bits", "tolerance"),
+    ("activation_bits", "tolerance", "processes"),
     # Columns of norms are standardised over the tokens of a batch, so a process with half of the batch rounds
     # differently.
-    [(0, 1e-5), pytest.param(4, 0.1, marks=pytest.mark.slow)],
+    [(0, 1e-5, {"processes": 2}), pytest.param(4, 0.1, {"launcher": TWO_PROCESSES}, marks=pytest.mark.slow)],
 )
-def test_two_processes_end_with_the_adapter_of_one(checkpoint, image_folders, tmp_path, activation_bits, tolerance):
+def test_two_processes_end_with_the_adapter_of_one(
+    checkpoint, image_folders, tmp_path, activation_bits, tolerance, processes
+):
     options = ("--method", "s2a", "--augmentation", "none", "--activation_bits", str(activation_bits))
     printed = fine_tune(checkpoint, image_folders, tmp_path / "one", *options)
     assert "1 processes on cpu" in printed
     assert accuracies(printed)[-1] > 0.9, "nothing was learned"
-    printed = fine_tune(checkpoint, image_folders, tmp_path / "two", *options, launcher=TWO_PROCESSES)
+    printed = fine_tune(checkpoint, image_folders, tmp_path / "two", *options, **processes)
     assert "2 processes on cpu" in printed
     assert accuracies(printed)[-1] > 0.9
     one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))

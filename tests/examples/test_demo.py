@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 def test_compares_methods_and_reloads_the_adapter(tmp_path):
     printed = run_script(
         *(EXAMPLES / "demo.py", "--output_dir", tmp_path, "--seeds", "0", "--num_train_epochs", "1"),
-        *("--methods", "linear", "s2a", "--num_train", "300", "--num_classified", "20"),
+        *("--methods", "linear", "s2a", "--num_train", "300", "--num_test", "200", "--num_classified", "20"),
         columns=80,
         quiet=True,
     )

@@ -1,6 +1,5 @@
 """Training in two processes over gloo, beside one: what the workers and the tests that start them share."""
 
-import socket
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from families import FAMILIES
-from forked import run_scripts
+from forked import ranks, run_scripts
 from peft import get_peft_model
 from torch import Tensor, nn
 
@@ -20,12 +19,9 @@ LADDER = {"structures": ("side",), "side_mode": "ladder"}
 
 
 def launch(worker: str, *arguments: str, timeout: float = 500) -> None:
-    """Run a script beside this one in two processes, as `torchrun` starts them."""
-    folder = Path(__file__).parent
-    with socket.create_server(("localhost", 0)) as free:
-        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
-    ranks = [{**address, "WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-    first, second = run_scripts(*[(folder / worker, *arguments)] * 2, environments=ranks, timeout=timeout)
+    """Run a script beside this one in two processes."""
+    command = (Path(__file__).with_name(worker), *arguments)
+    first, second = run_scripts(command, command, environments=ranks(), timeout=timeout)
     assert ALL_EQUAL in first.stdout, first.stderr[-3000:] + second.stderr[-3000:]
 
 
