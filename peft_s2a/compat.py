@@ -9,7 +9,7 @@ import functools
 import inspect
 import re
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -86,9 +86,11 @@ __all__ = [
     "WithoutKeys",
     "add_forward_hook",
     "add_forward_pre_hook",
+    "asked_outputs",
     "bind_forward_anew",
     "bits_of_bitsandbytes",
     "caches_results",
+    "captured_by",
     "count_dispatch_modes",
     "count_function_modes",
     "current_autograd_node",
@@ -102,7 +104,6 @@ __all__ = [
     "has_global_module_hooks",
     "has_kernel",
     "hooked_forward",
-    "is_capturing_outputs",
     "is_fake",
     "is_function_mode_enabled",
     "is_quantized_weight",
@@ -356,9 +357,18 @@ def outer_saved_tensors_hooks() -> tuple[Callable[..., Any], Callable[..., Any]]
     return torch._C._autograd._top_saved_tensors_default_hooks(False)
 
 
-def is_capturing_outputs() -> bool:
-    """Whether a model of transformers has been asked for what its modules put out. Their hooks for that stay for good."""
-    return bool(output_capturing._active_collector.get())
+def asked_outputs() -> Collection[str]:
+    """What a model of transformers has been asked for of its modules' outputs, such as "attentions"."""
+    return output_capturing._active_collector.get() or ()
+
+
+def captured_by(hook: Any) -> str | None:
+    """Which outputs a hook of transformers' collects while they are asked for; None for other hooks. A model has them from
+    the first time on that it is asked for any."""
+    if getattr(hook, "__module__", None) != output_capturing.__name__:
+        return None
+    names = hook.__code__.co_freevars
+    return hook.__closure__[names.index("key")].cell_contents if "key" in names else None
 
 
 _WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")

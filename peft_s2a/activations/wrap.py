@@ -357,8 +357,9 @@ def _computes(module: nn.Module) -> bool:
 
 def _is_harmless(hook: Any) -> bool:
     hook = hook.func if isinstance(hook, functools.partial) else hook
+    captured = compat.captured_by(hook)
+    if captured is not None:
+        return captured not in compat.asked_outputs()
     origin = getattr(hook, "__module__", None) or ""
-    if origin == "transformers.utils.output_capturing":  # installed once, records only while outputs are asked for
-        return not compat.is_capturing_outputs()
     crosses_modules = getattr(getattr(hook, "__self__", None), "crosses_modules", False)
     return origin.split(".")[0] == "peft_s2a" and not crosses_modules

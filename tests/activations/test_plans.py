@@ -159,6 +159,43 @@ def test_blocks_that_compute_the_same_share_a_plan():
     assert len(set(map(id, others))) == 1 and first is not others[0]  # whose input needs no gradient
 
 
+class TestOutputsThatAreAskedFor:
+    """transformers puts hooks on a model for good when it is first asked for attentions or hidden states."""
+
+    ASKED = (
+        {}, {"output_hidden_states": True}, {}, {"output_attentions": True}, {},
+        {"output_attentions": True, "output_hidden_states": True}, {"output_hidden_states": True}, {},
+    )  # fmt: skip
+
+    @pytest.mark.parametrize("family", ["vit", "dinov2", "swin"])
+    def test_they_are_whole_in_any_order(self, family):
+        stock = build(family).train()
+        stock.set_attn_implementation("eager")
+        for module in stock.modules():  # stochastic depth draws
+            if hasattr(module, "drop_prob"):
+                module.drop_prob = 0.0
+        model, (images, labels) = quantize_activations(copy.deepcopy(stock)), batch(family)
+        for asked in self.ASKED:
+            expected, actual = (each(pixel_values=images, labels=labels, **asked) for each in (stock, model))
+            actual.loss.backward()
+            assert actual.keys() == expected.keys()
+            for name in expected:
+                one, other = ([x[name]] if isinstance(x[name], torch.Tensor) else x[name] for x in (expected, actual))
+                assert len(one) == len(other), name
+                for a, b in zip(one, other):
+                    torch.testing.assert_close(b, a)
+            reasons = {"it is asked for attentions of its modules"} if "output_attentions" in asked else set()
+            assert set(unplanned(model).values()) <= reasons, asked
+
+    def test_blocks_with_such_hooks_share_a_plan(self):
+        model = quantize_activations(build("vit").train())
+        images, _ = batch("vit")
+        for _ in range(2):
+            model(images, output_hidden_states=True).logits.sum().backward()
+        one, other = (layer._activation_settings.planner._chosen for layer in model.vit.layers)
+        assert one and one == other
+
+
 def test_settings_by_module_are_not_shared():
     model = quantize_activations(network(depth=3), {"bits": {"2.act": 2, "default": 4}})
     results(model, rows())

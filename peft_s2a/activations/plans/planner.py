@@ -107,6 +107,10 @@ class Entry:
             tensor.requires_grad for tensor in foreign
         )
 
+    def in_one_piece(self) -> str | None:
+        """Why its plan runs without tiles, where that has a reason."""
+        return self.whole and f"in one piece, because {self.whole}"
+
 
 class Store:
     """The plans of a model: modules that compute the same share them."""
@@ -150,6 +154,7 @@ class Planner:
         self.store, self.settings, self.is_harmless, self.tiles = store, settings, is_harmless, tiles
         self.later, self.narrows = later, narrows
         self.reason: str | None = None
+        self._said: set[str] = set()  # reasons that are in the log
         self._unsettled = self._recorded_before = 0
         self._observed = 0  # when a result was last used that was computed without a plan, to observe the module
         self._forget()
@@ -174,8 +179,12 @@ class Planner:
             with DisableTorchFunction():
                 key = (_describe(args, leaves), _describe(kwargs, leaves), _ambient())
                 watch = self._watched(module)
+            if watch.captured and not watch.captured.isdisjoint(asked := compat.asked_outputs()):
+                raise Untraceable(f"it is asked for {min(watch.captured.intersection(asked))} of its modules")
             entry = self._entries.get(key)
             if entry is not None and entry.holds() and (plan := self._chosen.get(key)) is not None:
+                if self.reason is not None:
+                    self.reason = entry.in_one_piece()
                 return plan(leaves, watch.tensors)
             if entry is None or not entry.holds():
                 self._chosen.pop(key, None)  # it was made for another entry
@@ -198,7 +207,7 @@ class Planner:
         except Untraceable as error:
             self._fall_back(module, str(error))
             return whole(*args, **kwargs)
-        self.reason = entry.whole and f"in one piece, because {entry.whole}"
+        self.reason = entry.in_one_piece()
         return plan(leaves, watch.tensors)
 
     def _watched(self, module: nn.Module) -> Watch:
@@ -369,8 +378,9 @@ class Planner:
             return entry.tiled[tiles]
 
     def _fall_back(self, module: nn.Module, reason: str) -> None:
-        if reason != self.reason:
-            self.reason = reason
+        self.reason = reason
+        if reason not in self._said:
+            self._said.add(reason)
             logger.info("%s runs without a plan: %s.", type(module).__name__, reason)
 
 

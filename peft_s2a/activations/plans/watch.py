@@ -83,6 +83,11 @@ def spectator(hook: _Hook) -> _Hook:
     return hook
 
 
+def _is_spectator(hook: Callable[..., Any]) -> bool:
+    """Whether plans are the same with a hook and without."""
+    return getattr(hook, "is_spectator", False) or compat.captured_by(hook) is not None
+
+
 def is_plain_tensor(x: Tensor) -> bool:
     """Whether a tensor is of no kind that may have functions of its own."""
     return type(x) in _TENSORS or compat.is_fake(x)
@@ -108,6 +113,7 @@ class Watch:
         code: classes, modules and functions that are held.
         kinds: the classes of the modules, and what these inherit from.
         reaches_outside: whether an attribute that is no library's refers to a module outside.
+        captured: which outputs of its inner modules transformers' hooks collect while they are asked for.
 
     Raises:
         Untraceable: (when made) if a hook of somebody else looks inside, or something is held that cannot be watched.
@@ -124,6 +130,7 @@ class Watch:
         self._inside = set(map(id, self.modules))
         self._holder_is_users = False
         self.reaches_outside = False
+        self.captured: set[str] = set()
         sized: list[Any] = []
         children: list[Any] = []
         slots: dict[int, tuple[dict[str, Any], str]] = {}
@@ -187,7 +194,10 @@ class Watch:
 
     def _check_hooks(self, module: nn.Module, hooks: dict[int, Any]) -> None:
         for hook in hooks.values():
-            if not self._is_harmless(hook):
+            captured = compat.captured_by(hook)
+            if captured is not None:
+                self.captured.add(captured)
+            elif not self._is_harmless(hook):
                 raise Untraceable(f"a hook looks into its {type(module).__name__}")
 
     def _watch_tensor(self, holder: dict[str, Any], name: str, slots: dict[int, tuple[dict[str, Any], str]]) -> None:
@@ -399,7 +409,7 @@ class Watch:
         for module in self.modules:
             state = module.__dict__
             hooks = [
-                [relative(hook) for hook in state[kind].values() if not getattr(hook, "is_spectator", False)]
+                [relative(hook) for hook in state[kind].values() if not _is_spectator(hook)]
                 for kind in (() if module is self.modules[0] else _HOOKS)
             ]
             described.append(
