@@ -33,6 +33,7 @@ from peft_s2a.memory.trace import StepTrace
 ROOT = Path(__file__).parent.parent
 RESULT = RESULTS / "models.json"
 SIZES = RESULTS / "default_sizes.json"
+DENSE = RESULTS / "dense_prediction.json"
 PAGE = ROOT / "docs" / "models.md"
 INTRODUCTION = """# Models and tasks
 
@@ -125,6 +126,8 @@ def render(rows: list[dict[str, Any]], unrecorded: list[str]) -> str:
             text += f"| {name} | {counts} | {heads or '-'} | {share} |\n"
     if SIZES.exists():
         text += render_sizes(json.loads(SIZES.read_text()))
+    if DENSE.exists():
+        text += render_dense(json.loads(DENSE.read_text()))
     if failed:
         text += "\n## What fails\n\n| model | what |\n|---|---|\n"
         text += "".join(f"| {row['model']} | {row['failed'].replace('|', '/')} |\n" for row in failed)
@@ -153,6 +156,24 @@ shapes (`benchmarks/default_sizes.py`), for {len(rows)} of transformers' image c
         text += "".join(f"* {name}: {reason.replace('|', '/')}\n" for name, reason in failed.items())
     if missing := [name for name in result["known"] if name not in {row["model"] for row in result["rows"]}]:
         text += f"\nNot yet measured: {', '.join(missing)}.\n"
+    return text
+
+
+def render_dense(result: dict[str, Any]) -> str:
+    """The section on dense prediction, from the result of `benchmarks/dense_prediction.py`."""
+    text = f"""
+## Dense prediction at default sizes
+
+Where a head predicts a value for every pixel, most of what is left is the head's: it is trained in full, and what its layers read is
+kept in full precision unless `ActivationQuantizationConfig(compress_linear_inputs=True)` codes that too. MiB for each image, in batches
+of {result["batch_size"]}, float32, estimated from shapes (`benchmarks/dense_prediction.py`).
+
+| model | pixels | full fine-tuning | S2A | S2A, inputs coded |
+|---|---|---|---|---|
+"""
+    for row in result["rows"]:
+        sizes = " | ".join(f"{row[method] / 2**20:.1f}" for method in ("full", "s2a", "s2a_coded_inputs"))
+        text += f"| {row['model']} | {row['image_size']} | {sizes} |\n"
     return text
 
 

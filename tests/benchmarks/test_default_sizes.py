@@ -1,6 +1,9 @@
-"""What S2A keeps beside full fine-tuning, on image classifiers at their default sizes."""
+"""What S2A keeps beside full fine-tuning, on models at their default sizes."""
+
+import json
 
 import default_sizes
+import dense_prediction
 import models
 import pytest
 
@@ -28,3 +31,17 @@ def test_the_page_lists_the_largest_share_first_and_what_has_none():
     assert text.index("| two | 4.0 | 1.0 | 25.0% | 0% |") < text.index("| one | 4.0 | 0.5 | 12.5% | 50% |")
     assert "* three: ValueError: a/b" in text
     assert "Not yet measured: four." in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", dense_prediction.models())
+def test_of_dense_predictions_with_coded_inputs_a_sixth(name):
+    row = dense_prediction.measure(name)
+    assert row["s2a_coded_inputs"] <= row["s2a"] <= row["full"] / 2
+    assert row["s2a_coded_inputs"] <= row["full"] / 6, row
+
+
+def test_the_page_shows_what_is_recorded_of_dense_prediction():
+    result = json.loads(dense_prediction.RESULT.read_text())
+    assert [row["model"] for row in result["rows"]] == list(dense_prediction.models())
+    assert models.render_dense(result) in models.PAGE.read_text()
