@@ -34,6 +34,7 @@ def test_every_result_names_its_hardware_versions_and_date(path):
         "checkpointing",
         "default_sizes",
         "demo",
+        "dense_prediction",
         "models",
         "plans",
         "ranks",
