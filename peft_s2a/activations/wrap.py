@@ -25,7 +25,7 @@ from . import notes
 from .config import OPERATOR_KINDS, ActivationQuantizationConfig
 from .interception import OperatorMode, follow_checkpoints
 from .operators.quantized_weight import int4_linear, int8_linear
-from .plans.planner import Planner, Store
+from .plans.planner import Planner, Store, asked_outputs
 from .plans.trace import is_recording
 from .sharpness import Sharpness, first_call_is_over, is_looking
 
@@ -359,7 +359,7 @@ def _is_harmless(hook: Any) -> bool:
     hook = hook.func if isinstance(hook, functools.partial) else hook
     captured = compat.captured_by(hook)
     if captured is not None:
-        return captured not in compat.asked_outputs()
+        return captured not in asked_outputs()
     origin = getattr(hook, "__module__", None) or ""
     crosses_modules = getattr(getattr(hook, "__self__", None), "crosses_modules", False)
     return origin.split(".")[0] == "peft_s2a" and not crosses_modules

@@ -187,6 +187,26 @@ class TestOutputsThatAreAskedFor:
             reasons = {"it is asked for attentions of its modules"} if "output_attentions" in asked else set()
             assert set(unplanned(model).values()) <= reasons, asked
 
+    @pytest.mark.parametrize("asked", [{"output_hidden_states": True}, {"output_attentions": True}])
+    def test_under_checkpoints(self, asked):
+        """What is computed again is not asked for anything."""
+        found = []
+        for checkpoints in (False, True):
+            model = build("vit").train()
+            model.set_attn_implementation("eager")
+            quantize_activations(model, {"bits": 8})
+            if checkpoints:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+            images, labels = batch("vit")
+            for step in ({}, {}, asked):
+                model.zero_grad()
+                output = model(pixel_values=images, labels=labels, **step)
+                output.loss.backward()
+            found.append({name: p.grad for name, p in model.named_parameters()})
+            assert all(len(output[name[len("output_") :]]) >= 2 for name in asked)
+        for name, gradient in found[0].items():
+            torch.testing.assert_close(found[1][name], gradient, rtol=1e-3, atol=1e-5)
+
     def test_blocks_with_such_hooks_share_a_plan(self):
         model = quantize_activations(build("vit").train())
         images, _ = batch("vit")

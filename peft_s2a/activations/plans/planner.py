@@ -7,7 +7,7 @@ import operator
 import threading
 import time
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -51,6 +51,7 @@ _observations = itertools.count(1)
 
 class _Recomputed(threading.local):
     since: float = math.inf  # when what this thread computes again was computed
+    asked: Collection[str] = ()  # which outputs of modules it was asked for then
 
 
 _recomputed = _Recomputed()
@@ -58,17 +59,24 @@ _recomputed = _Recomputed()
 
 def as_before(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function``, to be computed later what is computed from now on: a block whose first call is observed meanwhile,
-    and whose result is used, has no plan then either. A checkpoint counts and compares what its two runs keep."""
-    since = next(_observations)
+    and whose result is used, has no plan then either, nor one that is asked for outputs inside. A checkpoint counts and
+    compares what its two runs keep."""
+    since, asked = next(_observations), frozenset(compat.asked_outputs())
 
     def recompute(*args: Any, **kwargs: Any) -> Any:
-        outer, _recomputed.since = _recomputed.since, since
+        outer = _recomputed.since, _recomputed.asked
+        _recomputed.since, _recomputed.asked = since, asked
         try:
             return function(*args, **kwargs)
         finally:
-            _recomputed.since = outer
+            _recomputed.since, _recomputed.asked = outer
 
     return recompute
+
+
+def asked_outputs() -> Collection[str]:
+    """What a model of transformers is asked for of its modules' outputs, or was where it is computed again."""
+    return compat.asked_outputs() or _recomputed.asked
 
 
 @dataclass
@@ -179,7 +187,7 @@ class Planner:
             with DisableTorchFunction():
                 key = (_describe(args, leaves), _describe(kwargs, leaves), _ambient())
                 watch = self._watched(module)
-            if watch.captured and not watch.captured.isdisjoint(asked := compat.asked_outputs()):
+            if watch.captured and not watch.captured.isdisjoint(asked := asked_outputs()):
                 raise Untraceable(f"it is asked for {min(watch.captured.intersection(asked))} of its modules")
             entry = self._entries.get(key)
             if entry is not None and entry.holds() and (plan := self._chosen.get(key)) is not None:
