@@ -1,6 +1,6 @@
-"""What S2A keeps for the backward pass beside full fine-tuning, on models whose heads predict a value for every pixel.
+"""What S2A keeps for the backward pass beside full fine-tuning, on models for segmentation, depth and detection.
 
-    python benchmarks/dense_prediction.py           # three minutes on one idle core
+    python benchmarks/dense_prediction.py           # two minutes on one idle core
 
 Nothing is computed: the steps run on fake tensors (`peft_s2a.estimate_memory`). The loss is the mean of the first output,
 which keeps nothing of its own.
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -22,20 +21,18 @@ from tqdm.auto import tqdm
 
 RESULT = RESULTS / "dense_prediction.json"
 BATCH_SIZE = 4
-STAGES = ("stage1", "stage2", "stage3", "stage4")
 
 
 def models() -> dict[str, tuple[Callable[[], Any], int]]:
     """{name: (what makes it, pixels of a side)}, at the default sizes of transformers."""
     import transformers as t
 
-    def upernet(backbone: Any) -> Any:
-        config = t.UperNetConfig(backbone_config=backbone, auxiliary_in_channels=384)
-        return t.UperNetForSemanticSegmentation(config)
+    swin = t.SwinConfig(out_features=["stage1", "stage2", "stage3", "stage4"])
+    upernet = t.UperNetConfig(backbone_config=swin, auxiliary_in_channels=384)
 
     return {
         "SegFormer": (lambda: t.SegformerForSemanticSegmentation(t.SegformerConfig()), 512),
-        "UperNet, Swin-T": (lambda: upernet(t.SwinConfig(out_features=list(STAGES))), 512),
+        "UperNet, Swin-T": (lambda: t.UperNetForSemanticSegmentation(upernet), 512),
         "MobileViT": (lambda: t.MobileViTForSemanticSegmentation(t.MobileViTConfig()), 512),
         "DPT": (lambda: t.DPTForDepthEstimation(t.DPTConfig()), 384),
         "Depth Anything": (lambda: t.DepthAnythingForDepthEstimation(t.DepthAnythingConfig()), 518),
@@ -73,9 +70,6 @@ def measure(name: str) -> dict[str, Any]:
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    sys.path.insert(0, str(RESULTS.parents[1] / "tests"))
-    import conftest  # noqa: F401  (makes timm importable)
-
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     rows = [measure(name) for name in tqdm(models())]

@@ -164,9 +164,9 @@ def render_dense(result: dict[str, Any]) -> str:
     text = f"""
 ## Dense prediction at default sizes
 
-Where a head predicts a value for every pixel, most of what is left is the head's: it is trained in full, and what its layers read is
-kept in full precision unless `ActivationQuantizationConfig(compress_linear_inputs=True)` codes that too. MiB for each image, in batches
-of {result["batch_size"]}, float32, estimated from shapes (`benchmarks/dense_prediction.py`).
+Heads are trained in full, and what their layers read is kept in full precision unless
+`ActivationQuantizationConfig(compress_linear_inputs=True)` codes that too: where they predict a value for every pixel that may be most
+of what is left. MiB for each image, in batches of {result["batch_size"]}, float32, estimated from shapes (`benchmarks/dense_prediction.py`).
 
 | model | pixels | full fine-tuning | S2A | S2A, inputs coded |
 |---|---|---|---|---|

@@ -86,11 +86,11 @@ __all__ = [
     "WithoutKeys",
     "add_forward_hook",
     "add_forward_pre_hook",
-    "asked_outputs",
     "bind_forward_anew",
     "bits_of_bitsandbytes",
     "caches_results",
     "captured_by",
+    "collected_outputs",
     "count_dispatch_modes",
     "count_function_modes",
     "current_autograd_node",
@@ -357,8 +357,8 @@ def outer_saved_tensors_hooks() -> tuple[Callable[..., Any], Callable[..., Any]]
     return torch._C._autograd._top_saved_tensors_default_hooks(False)
 
 
-def asked_outputs() -> Collection[str]:
-    """What a model of transformers has been asked for of its modules' outputs, such as "attentions"."""
+def collected_outputs() -> Collection[str]:
+    """Which outputs of its modules a model of transformers collects in the call that runs, such as "attentions"."""
     return output_capturing._active_collector.get() or ()
 
 

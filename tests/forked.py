@@ -10,6 +10,7 @@ import runpy
 import socket
 import sys
 import tempfile
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -49,6 +50,15 @@ def run_scripts(
             CompletedProcess(command, process.exitcode, *(file.read_text() if file.exists() else "" for file in files))
             for command, process, files in zip(commands, processes, outputs)
         ]
+
+
+def run_code(code: str, *arguments: str, **environment: str) -> None:
+    """Run a script that is written out, which has to succeed."""
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder, "script.py")
+        script.write_text(textwrap.dedent(code))
+        (process,) = run_scripts([script, *arguments], environments=[environment])
+    assert process.returncode == 0, process.stderr
 
 
 def ranks(count: int = 2) -> list[dict[str, str]]:

@@ -37,7 +37,7 @@ METHODS = {
     "full": quantize_activations,
 }
 # S2A holds all structures; the rest of the table is slow.
-QUICK = {("s2a", "vit"), ("s2a", "resnet"), ("side", "dinov3"), ("ladder", "vit"), ("full", "vit")}
+QUICK = {("s2a", "vit"), ("s2a", "resnet"), ("side", "dinov3"), ("ladder", "vit"), ("lora", "vit"), ("full", "vit")}
 
 
 def marks(method, family):

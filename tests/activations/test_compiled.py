@@ -7,7 +7,7 @@ import sys
 import kernel_checks
 import pytest
 import torch
-from forked import run_scripts
+from forked import run_code
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -137,23 +137,20 @@ class TestSelection:
 
     @pytest.mark.parametrize("backend", [pytest.param("auto", marks=pytest.mark.slow), "compiled"])
     def test_without_a_compiler_one_warning_and_the_reference(self, tmp_path, backend):
-        script = tmp_path / "script.py"
-        script.write_text(
-            "import sys, warnings, torch\n"
-            "from peft_s2a.activations.ops import op_set\n"
-            "x = torch.randn(4, 32)\n"
-            "with warnings.catch_warnings(record=True) as caught:\n"
-            "    warnings.simplefilter('always')\n"
-            "    codes = [op_set(sys.argv[1]).encode_groups(x, 4, 8, None) for _ in range(3)]\n"
-            "theirs = op_set('reference').encode_groups(x, 4, 8, None)\n"
-            "assert all(torch.equal(a, b) for ours in codes for a, b in zip(ours, theirs))\n"
-            "assert not torch._C._dispatch_has_kernel_for_dispatch_key('s2a::encode_groups', 'CPU')\n"
-            "messages = [str(w.message) for w in caught if 'fused CPU kernels' in str(w.message)]\n"
-            "assert len(messages) == 1 and 'C++ compiler' in messages[0], messages\n"
-        )
-        environment = {"CXX": str(tmp_path / "no-such-compiler"), "XDG_CACHE_HOME": str(tmp_path)}
-        (process,) = run_scripts([script, backend], environments=[environment])
-        assert process.returncode == 0, process.stderr
+        script = """
+            import sys, warnings, torch
+            from peft_s2a.activations.ops import op_set
+            x = torch.randn(4, 32)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                codes = [op_set(sys.argv[1]).encode_groups(x, 4, 8, None) for _ in range(3)]
+            theirs = op_set("reference").encode_groups(x, 4, 8, None)
+            assert all(torch.equal(a, b) for ours in codes for a, b in zip(ours, theirs))
+            assert not torch._C._dispatch_has_kernel_for_dispatch_key("s2a::encode_groups", "CPU")
+            messages = [str(w.message) for w in caught if "fused CPU kernels" in str(w.message)]
+            assert len(messages) == 1 and "C++ compiler" in messages[0], messages
+        """
+        run_code(script, backend, CXX=str(tmp_path / "no-such-compiler"), XDG_CACHE_HOME=str(tmp_path))
 
 
 @pytest.mark.slow

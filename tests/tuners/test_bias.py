@@ -181,7 +181,7 @@ def test_training_a_scale_keeps_no_more_than_the_norm_does(layer):
         wrapper, x, _ = make(layer, train_scale=train_scale)
         x.requires_grad_()
         with Kept(wrapper) as kept:
-            wrapper(x * 1.0)
+            assert wrapper(x * 1.0).requires_grad
         return sum(tensor.nbytes for tensor in kept.tensors if tensor.numel() > 60)
 
     assert kept_bytes(True) <= kept_bytes(False)

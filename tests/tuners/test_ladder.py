@@ -73,7 +73,7 @@ def test_nothing_of_the_backbone_is_kept(family):
     for block in blocks:
         block.register_forward_hook(lambda module, args, output: recorded.append(output))
     with Kept(model) as kept:
-        F.cross_entropy(families.logits(model, images), labels)
+        assert F.cross_entropy(families.logits(model, images), labels).requires_grad
     outputs = [output if isinstance(output, torch.Tensor) else output[0] for output in recorded]
     assert outputs and not any(output.requires_grad for output in outputs)
     # What remains is of width r, or no more than a vector per image.
@@ -89,7 +89,7 @@ def test_what_a_ladder_keeps_is_seen_by_others_from_the_first_step_on(family):
     found = []
     for _ in range(2):
         with Kept(model) as kept:
-            families.logits(model, images)
+            assert families.logits(model, images).requires_grad
         with torch.autograd.graph.save_on_cpu():
             loss = families.logits(model, images).square().mean()
         model.zero_grad()

@@ -8,7 +8,7 @@ import sys
 import textwrap
 
 import pytest
-from forked import run_scripts
+from forked import run_code
 from peft import PeftConfig, PeftType, get_peft_config
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -60,23 +60,21 @@ def test_a_saved_config_names_its_type_in_plain_json(name, tmp_path):
     assert type(loaded) is CONFIGS[name] and loaded == config
 
 
-def test_reloading_is_harmless(tmp_path):
+def test_reloading_is_harmless():
     # As notebooks do it: the old classes stay registered, and the new ones work with them.
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import importlib, warnings\n"
-        "import peft_s2a, peft_s2a.config, peft_s2a.registration\n"
-        "from peft import get_peft_model\n"
-        "from torch import nn\n"
-        "warnings.simplefilter('error', UserWarning)\n"
-        "for module in (peft_s2a.registration, peft_s2a.config, peft_s2a):\n"
-        "    importlib.reload(module)\n"
-        "model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))\n"
-        "model = get_peft_model(model, peft_s2a.S2ABiasConfig())\n"
-        "assert any('s2a_bias' in name for name, _ in model.named_parameters())\n"
+    run_code(
+        """
+        import importlib, warnings
+        import peft_s2a, peft_s2a.config, peft_s2a.registration
+        from peft import get_peft_model
+        from torch import nn
+        warnings.simplefilter("error", UserWarning)
+        for module in (peft_s2a.registration, peft_s2a.config, peft_s2a):
+            importlib.reload(module)
+        model = get_peft_model(nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4)), peft_s2a.S2ABiasConfig())
+        assert any("s2a_bias" in name for name, _ in model.named_parameters())
+        """
     )
-    (process,) = run_scripts([script])
-    assert process.returncode == 0, process.stderr
 
 
 def test_imported_last_and_then_forked():

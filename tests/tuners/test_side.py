@@ -167,7 +167,7 @@ def test_branches_around_several_layers_do_not_merge(layer):
 def test_only_tensors_of_the_branchs_width_are_kept(layer, activation):
     model, _, x, _ = make(layer, activation)
     with Kept(model) as kept:
-        model(x)
+        assert model(x).requires_grad
     assert kept.tensors and all(tensor.shape[-1] == RANK for tensor in kept.tensors)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import families
 import pytest
 import torch
-from forked import run_scripts
+from forked import run_code
 from methods import assert_untouched, base_model, snapshot
 from peft import get_peft_model, get_peft_model_state_dict
 from peft.utils.other import ModulesToSaveWrapper
@@ -92,21 +92,20 @@ class TestHeads:
         assert wrapped == expected
         assert find_task_heads(peft_model.base_model.model) == expected
 
-    def test_finding_them_imports_no_other_models(self, tmp_path):
+    def test_finding_them_imports_no_other_models(self):
         """transformers' table of configurations imports eight hundred of them where somebody reads its values."""
-        script = tmp_path / "script.py"
-        script.write_text(
-            "import sys, transformers, zoo\n"
-            "from peft_s2a.anatomy import find_task_heads\n"
-            "def imported():\n"
-            "    return {name for name in sys.modules if name.startswith('transformers.models.')}\n"
-            "model = transformers.LwDetrForObjectDetection(zoo.lw_detr())\n"
-            "before = imported()\n"
-            "assert 'class_embed' in find_task_heads(model)\n"
-            "assert imported() == before, imported() - before\n"
-        )
-        (process,) = run_scripts([script])
-        assert process.returncode == 0, process.stderr
+        run_code("""
+            import sys, transformers, zoo
+            from peft_s2a.anatomy import find_task_heads
+
+            def imported():
+                return {name for name in sys.modules if name.startswith("transformers.models.")}
+
+            model = transformers.LwDetrForObjectDetection(zoo.lw_detr())
+            before = imported()
+            assert "class_embed" in find_task_heads(model)
+            assert imported() == before, imported() - before
+        """)
 
     @pytest.mark.parametrize(
         "build",

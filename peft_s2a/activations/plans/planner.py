@@ -61,7 +61,7 @@ def as_before(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function``, to be computed later what is computed from now on: a block whose first call is observed meanwhile,
     and whose result is used, has no plan then either, nor one that is asked for outputs inside. A checkpoint counts and
     compares what its two runs keep."""
-    since, asked = next(_observations), frozenset(compat.asked_outputs())
+    since, asked = next(_observations), frozenset(compat.collected_outputs())
 
     def recompute(*args: Any, **kwargs: Any) -> Any:
         outer = _recomputed.since, _recomputed.asked
@@ -76,7 +76,7 @@ def as_before(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def asked_outputs() -> Collection[str]:
     """What a model of transformers is asked for of its modules' outputs, or was where it is computed again."""
-    return compat.asked_outputs() or _recomputed.asked
+    return compat.collected_outputs() or _recomputed.asked
 
 
 @dataclass
